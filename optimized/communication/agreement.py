@@ -1,0 +1,54 @@
+"""Set-up decisions that all ranks take together.
+
+A rank that fails alone and leaves would hang its peers in the next collective.  So every
+step of a set-up is: do the local part, exchange how it went, then all go on or all stop.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from twinmoe.optimized.communication.eligibility import Refusal
+from twinmoe.optimized.launch import run
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """Return this process' rank in ``group``; 0 without one."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks in ``group``; 1 without one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def exchange(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's ``value`` (it is pickled), in rank order; a collective over ``group``."""
+    if group is None:
+        return [value]
+    values: list[T] = [value] * group_size(group)
+    run("exchange", lambda: dist.all_gather_object(values, value, group=group))
+    return values
+
+
+def vote(refusal: Refusal | None, group: dist.ProcessGroup | None) -> dict[int, Refusal]:
+    """Collect the ranks that refuse, with their reasons: none if all can go on; a collective."""
+    votes = exchange(refusal, group)
+    return {rank: reason for rank, reason in enumerate(votes) if reason is not None}
+
+
+def attempt(
+    action: Callable[[], T], failure: Refusal, group: dist.ProcessGroup | None
+) -> tuple[T | None, Refusal | None]:
+    """Return ``(action(), None)``, or ``(None, failure)`` if it raised: a vote needs an answer."""
+    try:
+        return action(), None
+    except Exception as error:  # whatever it is, it costs a tier and not the run
+        _log.warning("rank %d: %s: %s", group_rank(group), failure.value, error)
+        return None, failure

@@ -1,0 +1,110 @@
+"""The signal-pad barrier: every rank's CTA c waits for CTA c of all ranks.
+
+Each rank owns a signal pad that its peers can write: row ``cta`` has a slot for every
+rank, and one for the row's own epoch.  To pass, a rank writes its next epoch into its slot
+on every peer's pad, one thread per peer, and waits until all slots of its own row have
+reached that epoch.  Epochs only grow (and wrap), so nothing is reset, and a replayed graph
+continues where the last launch stopped.
+
+Same grid on every rank: a CTA without work takes part all the same.
+"""
+
+import time
+from typing import Any
+
+from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
+from twinmoe.optimized.launch import run
+from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
+
+
+def signal_pad_bytes(num_ctas: int, world_size: int) -> int:
+    """Bytes of signal pad that ``num_ctas`` CTAs need: int32 [num_ctas, world_size + 1]."""
+    return 4 * num_ctas * (world_size + 1)
+
+
+if INTERPRETED:
+    #: With more ranks than cores, spinning takes its time from the very rank it waits for.
+    _PAUSE_SECONDS = 3e-4
+
+    def _pause() -> None:
+        """Let a peer have this core."""
+        time.sleep(_PAUSE_SECONDS)
+
+else:
+
+    @triton.jit
+    def _pause() -> None:
+        """On a GPU every rank has its own cores."""
+
+
+@triton.jit
+def signal_pad_barrier(
+    signal_pad_ptrs,
+    rank,
+    WORLD: tl.constexpr,
+    THREADS: tl.constexpr,
+    has_previous_access: tl.constexpr,
+    has_subsequent_access: tl.constexpr,
+):
+    """Meet this CTA's twins on all ranks; ``THREADS`` is WORLD rounded up to a power of two.
+
+    ``has_previous_access``: what this rank wrote or read before, its earlier kernels included, is
+    released to the peers.  ``has_subsequent_access``: what the peers released may be read, and
+    what they have finished reading may be overwritten, by all threads of this CTA.
+    """
+    peer = tl.arange(0, THREADS)
+    is_peer = peer < WORLD
+    row = tl.program_id(0) * (WORLD + 1)
+    pads = tl.load(signal_pad_ptrs + peer, mask=is_peer, other=0).to(tl.pointer_type(tl.int32))
+    own_pad = tl.load(signal_pad_ptrs + rank).to(tl.pointer_type(tl.int32)) + row
+    epoch = tl.load(own_pad + WORLD) + 1
+
+    # All threads have done their accesses, and have read the epoch that is overwritten below,
+    # before the one thread per peer signals on behalf of all.
+    tl.debug_barrier()
+    tl.store(own_pad + WORLD, epoch)
+    tl.atomic_xchg(
+        pads + row + rank,
+        epoch,
+        mask=is_peer,
+        sem="release" if has_previous_access else "relaxed",
+        scope="sys",
+    )
+    while _slowest(own_pad + peer, epoch, is_peer, has_subsequent_access) < 0:
+        _pause()
+    if has_subsequent_access:
+        tl.debug_barrier()
+
+
+@triton.jit
+def _slowest(slots, epoch, is_peer, has_subsequent_access: tl.constexpr):
+    # An atomic: a plain load in a loop may be served from a cache forever.
+    seen = tl.atomic_add(
+        slots,
+        0,
+        mask=is_peer,
+        sem="acquire" if has_subsequent_access else "relaxed",
+        scope="sys",
+    )
+    # The difference is signed, so that epochs may wrap around.
+    return tl.min(tl.where(is_peer, seen - epoch, 0))
+
+
+@triton.jit
+def barrier_kernel(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
+    """Let no rank go on before all ranks have finished what they did before."""
+    signal_pad_barrier(
+        signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
+    )
+
+
+def barrier(memory: SymmetricMemory, num_ctas: int) -> None:
+    """Launch a barrier of all ranks of ``memory`` on the current stream."""
+    constants: dict[str, Any] = {
+        "WORLD": memory.world_size,
+        "THREADS": triton.next_power_of_2(memory.world_size),
+    }
+    run(
+        "barrier",
+        lambda: barrier_kernel[(num_ctas,)](memory.signal_pad_ptrs, memory.rank, **constants),
+    )

@@ -1,0 +1,121 @@
+"""One symmetric allocation per group and kind of parallelism, shared by all layers.
+
+Layers run one after another, so one buffer of the largest layer's size serves them all.
+It holds two disjoint regions, because all-gather and reduce-scatter protect each other's
+region, never their own (see ``order.py``); a few unused bytes lie around each, so that a stray
+store is found by a test instead of corrupting the neighbour.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from twinmoe.optimized.communication.errors import SymmetricBufferOverflow, TransportError
+from twinmoe.optimized.communication.order import CollectiveOrder
+from twinmoe.optimized.communication.packing import pack, round_up
+from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
+
+#: Unused bytes before, between and after the regions.
+GUARD_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes per rank that a pool must offer."""
+
+    all_gather_bytes: int
+    reduce_scatter_bytes: int
+
+    @classmethod
+    def for_moe(
+        cls,
+        *,
+        tokens_per_rank: int,
+        hidden_size: int,
+        num_experts_per_tok: int,
+        world_size: int,
+        dtype: torch.dtype,
+        wire_dtype: torch.dtype = torch.float32,
+    ) -> "Capacity":
+        """Size a layer's needs: int32 ids, fp32 weights and ``dtype`` rows in, partial sums out."""
+        routing = 4 * tokens_per_rank * num_experts_per_tok
+        hidden = tokens_per_rank * hidden_size
+        _, gathered = pack([routing, routing, hidden * dtype.itemsize], world_size)
+        return cls(gathered, round_up(hidden * wire_dtype.itemsize * world_size))
+
+    def union(self, other: "Capacity") -> "Capacity":
+        """Return the smallest capacity that serves both."""
+        return Capacity(
+            max(self.all_gather_bytes, other.all_gather_bytes),
+            max(self.reduce_scatter_bytes, other.reduce_scatter_bytes),
+        )
+
+    @property
+    def all_gather_offset(self) -> int:
+        """Where the all-gather region starts in the buffer."""
+        return GUARD_BYTES
+
+    @property
+    def reduce_scatter_offset(self) -> int:
+        """Where the reduce-scatter region starts in the buffer."""
+        return 2 * GUARD_BYTES + round_up(self.all_gather_bytes, GUARD_BYTES)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the buffer, guards included."""
+        return self.reduce_scatter_offset + round_up(self.reduce_scatter_bytes) + GUARD_BYTES
+
+
+class SymmetricPool:
+    """The regions of one group's symmetric memory, and what was last done with them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._memory: SymmetricMemory | None = None
+
+    def install(self, memory: SymmetricMemory, capacity: Capacity, num_ctas: int) -> None:
+        """Move to ``memory``: layers that hold this pool use it from their next call on."""
+        self._memory = memory
+        self.capacity = capacity
+        self.num_ctas = num_ctas
+        self.order = CollectiveOrder()
+        #: Whether a captured graph holds addresses of this memory.
+        self.captured = False
+
+    @property
+    def memory(self) -> SymmetricMemory:
+        """The symmetric memory; raises `TransportError` once the pool is released."""
+        if self._memory is None:
+            raise TransportError(
+                f"pool {self.name!r} was released: its memory is gone; select the transport again"
+            )
+        return self._memory
+
+    def all_gather_region(self, num_bytes: int) -> int:
+        """Offset of ``num_bytes`` to gather into; raises `SymmetricBufferOverflow`."""
+        self._require("all-gather", num_bytes, self.capacity.all_gather_bytes)
+        return self.capacity.all_gather_offset
+
+    def reduce_scatter_region(self, num_bytes: int) -> int:
+        """Offset of ``num_bytes`` of partial results; raises `SymmetricBufferOverflow`."""
+        self._require("reduce-scatter", num_bytes, self.capacity.reduce_scatter_bytes)
+        return self.capacity.reduce_scatter_offset
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """View this rank's buffer from ``offset`` on as a tensor."""
+        num_bytes = dtype.itemsize * torch.Size(shape).numel()
+        return self.memory.buffer[offset : offset + num_bytes].view(dtype).view(shape)
+
+    def close(self) -> None:
+        """Release the memory; transports of this pool raise from now on."""
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = None
+
+    def _require(self, region: str, needed: int, available: int) -> None:
+        if needed > available:
+            raise SymmetricBufferOverflow(
+                f"{region} needs {needed} bytes of symmetric memory but pool {self.name!r} has "
+                f"{available}: it was sized for fewer tokens per rank or a smaller hidden size; "
+                "select the transport with a larger capacity before capturing graphs"
+            )

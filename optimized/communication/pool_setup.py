@@ -1,0 +1,169 @@
+"""Making, growing, finding and releasing pools: by all ranks of a group together."""
+
+import weakref
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from twinmoe.optimized.communication import cpu_symmetric_memory, cuda_symmetric_memory
+from twinmoe.optimized.communication.agreement import attempt, exchange, group_size, vote
+from twinmoe.optimized.communication.barrier import signal_pad_bytes
+from twinmoe.optimized.communication.eligibility import INJECTABLE, Refusal, kernels_run_on
+from twinmoe.optimized.communication.errors import SymmetricBufferOverflow
+from twinmoe.optimized.communication.pool import Capacity, SymmetricPool
+from twinmoe.optimized.communication.symmetric_memory import SymmetricAllocation, SymmetricMemory
+
+
+class _SingleRank:
+    """Stands for "no group" among the keys."""
+
+
+_SINGLE_RANK = _SingleRank()
+
+#: Keyed by the group itself, weakly: an id or a name may be reused after a group's death.
+_pools: weakref.WeakKeyDictionary[dist.ProcessGroup | _SingleRank, dict[str, SymmetricPool]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """What a rank asks for; equal on all ranks."""
+
+    name: str
+    capacity: Capacity
+    num_ctas: int
+
+
+def acquire_pool(
+    request: PoolRequest,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    inject: Set[str] = frozenset(),
+) -> tuple[SymmetricPool | None, dict[int, Refusal]]:
+    """Find or make a pool that serves ``request``: all ranks get one, or all get the refusals.
+
+    A collective over ``group``.  A pool that is too small is replaced by one that serves old and
+    new needs; if a captured graph holds its addresses, `SymmetricBufferOverflow` is raised on all
+    ranks instead.
+    """
+    pools = _pools.setdefault(group or _SINGLE_RANK, {})
+    pool = pools.get(request.name)
+    wanted = _widened(request, pool)
+    grow = _must_grow(wanted, pool, group)
+    refusals = vote(_refused_locally(wanted, group, device, inject, allocate=grow), group)
+    memory = None
+    if grow and not refusals:
+        memory, refusals = _allocate(wanted, group, device)
+    if not refusals:
+        staged = INJECTABLE["rendezvous"] if "rendezvous" in inject else None
+        refusals = vote(staged, group)
+    if refusals:
+        if memory is not None:
+            memory.close()
+        return None, refusals
+    if pool is None:
+        pool = pools[wanted.name] = SymmetricPool(wanted.name)
+    if memory is not None:
+        pool.install(memory, wanted.capacity, wanted.num_ctas)
+    return pool, {}
+
+
+def release_pools(group: dist.ProcessGroup | None) -> None:
+    """Free all symmetric memory of ``group`` on this rank.
+
+    Not a collective, so that a failed run can release too.  Call it when no rank has a collective
+    in flight; captured graphs that used the pools must not be replayed.
+    """
+    for pool in _pools.pop(group or _SINGLE_RANK, {}).values():
+        pool.close()
+
+
+def _widened(request: PoolRequest, pool: SymmetricPool | None) -> PoolRequest:
+    if pool is None:
+        return request
+    return PoolRequest(
+        request.name,
+        request.capacity.union(pool.capacity),
+        max(request.num_ctas, pool.num_ctas),
+    )
+
+
+def _must_grow(
+    wanted: PoolRequest, pool: SymmetricPool | None, group: dist.ProcessGroup | None
+) -> bool:
+    """Ask all ranks whether any needs new memory; raise on all if a graph forbids it."""
+    own = pool is None or (pool.capacity, pool.num_ctas) != (wanted.capacity, wanted.num_ctas)
+    answers = exchange((own, pool is not None and pool.captured), group)
+    grow = any(needs for needs, _ in answers)
+    if grow and any(captured for _, captured in answers):
+        available = pool.capacity.total_bytes if pool else 0
+        raise SymmetricBufferOverflow(
+            f"pool {wanted.name!r} needs {wanted.capacity.total_bytes} bytes but has {available}, "
+            "and may not grow: captured graphs hold its addresses; select the transports of all "
+            "layers before capturing, or release_pools() and capture again"
+        )
+    return grow
+
+
+def _refused_locally(
+    request: PoolRequest,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    inject: Set[str],
+    *,
+    allocate: bool,
+) -> Refusal | None:
+    for step in ("symmetric_memory", "buffer", "signal_pad"):
+        if step in inject:
+            return INJECTABLE[step]
+    if not kernels_run_on(device):
+        return Refusal.SYMMETRIC_MEMORY_UNAVAILABLE
+    if not allocate:
+        return None
+    pad_bytes = signal_pad_bytes(request.num_ctas, group_size(group))
+
+    def check() -> Refusal | None:
+        if device.type == "cpu":
+            # The pad is allocated along with the buffer, as large as it has to be.
+            fits = (
+                request.capacity.total_bytes + pad_bytes <= cpu_symmetric_memory.available_bytes()
+            )
+            return None if fits else Refusal.BUFFER_TOO_SMALL
+        if request.capacity.total_bytes > cuda_symmetric_memory.available_bytes(device):
+            return Refusal.BUFFER_TOO_SMALL
+        if pad_bytes > cuda_symmetric_memory.available_signal_pad_bytes():
+            return Refusal.SIGNAL_PAD_TOO_SMALL
+        return None
+
+    refusal, failure = attempt(check, Refusal.SYMMETRIC_MEMORY_UNAVAILABLE, group)
+    return failure or refusal
+
+
+def _allocate(
+    request: PoolRequest, group: dist.ProcessGroup | None, device: torch.device
+) -> tuple[SymmetricMemory | None, dict[int, Refusal]]:
+    def allocate() -> SymmetricAllocation:
+        num_bytes = request.capacity.total_bytes
+        if device.type == "cpu":
+            pad_bytes = signal_pad_bytes(request.num_ctas, group_size(group))
+            return cpu_symmetric_memory.CpuSymmetricAllocation(num_bytes, pad_bytes)
+        return cuda_symmetric_memory.CudaSymmetricAllocation(num_bytes, device)
+
+    allocation, failure = attempt(allocate, Refusal.SYMMETRIC_MEMORY_UNAVAILABLE, group)
+    try:
+        refusals = vote(failure, group)
+        if refusals or allocation is None:
+            return None, refusals
+        memory, failure = attempt(
+            lambda: allocation.rendezvous(group), Refusal.RENDEZVOUS_FAILED, group
+        )
+        refusals = vote(failure, group)
+    finally:
+        if allocation is not None:
+            allocation.seal()
+    if refusals and memory is not None:
+        memory.close()
+    return (None if refusals else memory), refusals

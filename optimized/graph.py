@@ -1,0 +1,145 @@
+"""Graph capture by bucket, and replay with new inputs, routing and token counts.
+
+Legend: T this rank's tokens, N rows of the bucket, H hidden_size.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from twinmoe.optimized import launch
+from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.cpu_graph import CpuGraph
+from twinmoe.optimized.layer import MoELayer
+
+
+class CudaGraph:
+    """A CUDA graph that keeps the launch counters true: a replay repeats the launches."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._launches: Counter[str] = Counter()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record on a side stream; a host synchronisation inside raises."""
+        before = launch.COUNTS.copy()
+        with torch.cuda.graph(self._graph):
+            yield
+        self._launches = launch.COUNTS - before
+        launch.COUNTS.subtract(self._launches)  # capturing launches nothing
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        self._graph.replay()
+        launch.COUNTS.update(self._launches)
+
+
+@dataclass
+class _Captured:
+    """One bucket's graph and the static tensors it reads and writes."""
+
+    graph: CpuGraph | CudaGraph
+    hidden_NH: Tensor
+    num_valid: Tensor
+    output_NH: Tensor
+    replays: int = 0
+    taps: dict[str, Tensor] = field(default_factory=dict)
+
+
+class GraphRunner:
+    """Runs a MoELayer's graphed path: pad to a bucket, replay, cut the padding off.
+
+    ``buckets`` are row counts per rank, ascending.  All ranks use the bucket of the rank
+    with the most tokens, so that every rank replays the same collectives; a rank with
+    few or no tokens pads.  Graphs are captured on first use, by all ranks together.
+    """
+
+    def __init__(self, layer: MoELayer, buckets: tuple[int, ...]) -> None:
+        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+            raise ValueError(
+                f"buckets {buckets} must be distinct positive row counts in ascending order: "
+                "a batch takes the first bucket that holds it"
+            )
+        capacity = layer.options.max_tokens_per_rank
+        if buckets[-1] > capacity:
+            raise ValueError(
+                f"bucket {buckets[-1]} exceeds max_tokens_per_rank ({capacity}): the symmetric "
+                "buffers were sized for that many rows; raise it in InferenceOptions"
+            )
+        self.layer = layer
+        self.buckets = buckets
+        self._captured: dict[tuple[int, Tier], _Captured] = {}
+        self.last: _Captured | None = None
+        self.last_bucket: int | None = None
+
+    def __call__(self, hidden_TH: Tensor, max_tokens: int | None = None) -> Tensor:
+        """Run T valid rows [T, H]; returns [T, H], a copy out of the static buffer.
+
+        ``max_tokens``: the largest T over all ranks, where the caller's scheduler knows
+        it; None asks the group, which costs one small collective on the host.
+        Raises ValueError, on all ranks, if no bucket holds the batch.
+        """
+        tokens = len(hidden_TH)
+        bucket = self.bucket_for(self._largest(tokens) if max_tokens is None else max_tokens)
+        captured = self.capture(bucket)
+        captured.hidden_NH[:tokens].copy_(hidden_TH)
+        captured.num_valid.fill_(tokens)
+        captured.graph.replay()
+        captured.replays += 1
+        self.last, self.last_bucket = captured, bucket
+        return captured.output_NH[:tokens].clone()
+
+    def bucket_for(self, tokens: int) -> int:
+        """The smallest bucket that holds ``tokens`` rows."""
+        for bucket in self.buckets:
+            if tokens <= bucket:
+                return bucket
+        raise ValueError(
+            f"{tokens} tokens on a rank exceed the largest bucket ({self.buckets[-1]}): "
+            "add a bucket or split the batch"
+        )
+
+    def capture(self, bucket: int) -> _Captured:
+        """The graph of ``bucket`` under the layer's current transport, captured once."""
+        key = (bucket, self.layer.transport.tier)
+        if key not in self._captured:
+            self._captured[key] = self._capture(bucket)
+        return self._captured[key]
+
+    def _capture(self, bucket: int) -> _Captured:
+        config, device = self.layer.config, self.layer.device
+        hidden_NH = torch.zeros(bucket, config.hidden_size, dtype=config.dtype, device=device)
+        num_valid = torch.zeros(1, dtype=torch.int32, device=device)
+        with self.layer.graphed():
+            self._warm_up(hidden_NH, num_valid)
+            graph = CudaGraph() if device.type == "cuda" else CpuGraph()
+            with graph.capture():
+                output_NH = self.layer(hidden_NH, num_valid)
+        return _Captured(graph, hidden_NH, num_valid, output_NH, taps=dict(self.layer.taps or {}))
+
+    def _warm_up(self, hidden_NH: Tensor, num_valid: Tensor) -> None:
+        """Compile kernels and fill caches before recording, on a side stream on CUDA."""
+        if hidden_NH.device.type == "cpu":
+            self.layer(hidden_NH, num_valid)
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.layer(hidden_NH, num_valid)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _largest(self, tokens: int) -> int:
+        if self.layer.group is None:
+            return tokens
+        count = torch.tensor([tokens], device=self.layer.device)
+        launch.run("largest_batch", lambda: self._maximum(count))
+        return int(count)
+
+    def _maximum(self, count: Tensor) -> None:
+        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.layer.group)

@@ -1,0 +1,220 @@
+"""The inference MoE layer: two paths over the same weights, swapped in place.
+
+Outside a graph, tokens travel by AlltoAll to grouped GEMMs; inside, all-gather and
+reduce-scatter move every token everywhere, with fixed shapes and no word to the host.
+Swapping must never change an answer.
+
+Legend: T tokens of this rank (N, padded to a bucket), H hidden_size, K experts per token,
+S dispatched slots, R ranks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from twinmoe.optimized.communication.interface import Transport
+from twinmoe.optimized.communication.pool import Capacity
+from twinmoe.optimized.communication.transport import select_transport
+from twinmoe.optimized.options import InferenceOptions
+from twinmoe.optimized.spec import InferenceSpecProvider
+from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.placement import Placement
+from twinmoe.reference.weights import MoEWeights
+
+
+@dataclass(frozen=True)
+class PathReport:
+    """What a forward of the layer runs, and why: for logs, doctors and judges."""
+
+    mode: str
+    transport: str
+    experts_backend: str
+    router: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.mode}: {self.transport}, {self.experts_backend} experts, {self.router}"
+
+
+class MoELayer(nn.Module):
+    """One rank's MoE layer for inference.
+
+    ``weights`` is this rank's shard and stays the layer's storage: ``reload`` overwrites
+    it.  ``group`` is the expert-parallel process group, None for a single rank.
+    Construction is collective: all ranks choose the transport together.  Raises
+    ConfigError for settings that do not fit, TransportError if a forced tier cannot run.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: MoEWeights,
+        group: dist.ProcessGroup | None = None,
+        options: InferenceOptions | None = None,
+        spec: InferenceSpecProvider | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options or InferenceOptions()
+        self.options.check(config)
+        spec = spec or InferenceSpecProvider()
+        self.config, self.weights, self.group = config, weights, group
+        self.device = weights.router_EH.device
+        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.placement = Placement(config.num_experts, size)
+        self.experts = spec.experts(
+            config, weights, self.placement, rank, self.options.experts_backend
+        )
+        self.eager_router = spec.eager_router(config, weights)
+        self.eager_dispatcher = spec.eager_dispatcher(self.placement, group)
+        self.router = spec.router(config, weights)
+        self.shared_expert = (
+            spec.shared_expert(config, weights) if config.has_shared_expert else None
+        )
+        self._dispatcher_class = spec.dispatcher
+        self._is_graphed = False
+        #: Assign a dict to keep the intermediate tensors of each forward, by name.
+        self.taps: dict[str, Tensor] | None = None
+        self.set_kill_switch(self.options.disable_triton_nvls_kernels)
+
+    # --- the swap -----------------------------------------------------------------------
+
+    def set_inference_cuda_graphed_iteration(self) -> None:
+        """Take the path that a CUDA graph can hold; idempotent."""
+        self._is_graphed = True
+
+    def unset_inference_cuda_graphed_iteration(self) -> None:
+        """Take the AlltoAll path; idempotent."""
+        self._is_graphed = False
+
+    @contextmanager
+    def graphed(self) -> Iterator[None]:
+        """The graphed path for the body, then whatever it was before; nests."""
+        before, self._is_graphed = self._is_graphed, True
+        try:
+            yield
+        finally:
+            self._is_graphed = before
+
+    def set_kill_switch(self, disabled: bool) -> None:
+        """Turn the symmetric-memory kernels off or on again, on all ranks together.
+
+        Collective.  Captured graphs keep the transport that they were captured with.
+        """
+        self.transport: Transport = select_transport(
+            self.group,
+            device=self.device,
+            capacity=Capacity.for_moe(
+                tokens_per_rank=self.options.max_tokens_per_rank,
+                hidden_size=self.config.hidden_size,
+                num_experts_per_tok=self.config.num_experts_per_tok,
+                world_size=self.placement.ep_size,
+                dtype=self.config.dtype,
+                wire_dtype=self.options.wire_dtype,
+            ),
+            tier=self.options.transport,
+            kill_switch=disabled,
+        )
+        self.dispatcher = self._dispatcher_class(self.transport, self.options.wire_dtype)
+
+    # --- forward ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, hidden_TH: Tensor, num_valid: Tensor | None = None) -> Tensor:
+        """[T, H] to [T, H], both in the config's dtype.
+
+        ``num_valid``: on the graphed path, a device tensor of one integer; rows from it
+        on are padding, whose content is never computed on and whose output is 0 plus
+        whatever the shared expert makes of it.  All ranks pass the same number of rows
+        on the graphed path.  Raises ValueError for a tensor that does not fit.
+        """
+        self._check(hidden_TH, num_valid)
+        hidden_TH = hidden_TH.contiguous()
+        routed_TH = (
+            self._graphed_path(hidden_TH, num_valid)
+            if self._is_graphed
+            else self._eager_path(hidden_TH)
+        )
+        self._tap("routed", routed_TH)
+        if self.shared_expert is not None:
+            routed_TH = routed_TH + self.shared_expert(hidden_TH)
+        return routed_TH.to(self.config.dtype)
+
+    def _eager_path(self, hidden_TH: Tensor) -> Tensor:
+        routing = self.eager_router(hidden_TH)
+        slots_TKH, weights_TK = _weigh_input(self.config, hidden_TH, routing.weights_TK)
+        dispatched = self.eager_dispatcher.token_dispatch(slots_TKH, routing.ids_TK)
+        x_SH, local_expert_S, metadata = dispatched
+        y_SH = self.experts.expert_rows(x_SH, local_expert_S)
+        y_TKH = self.eager_dispatcher.token_combine(y_SH, metadata)
+        self._tap("ids", routing.ids_TK)
+        self._tap("weights", routing.weights_TK)
+        self._tap("expert_output", y_TKH)
+        return (weights_TK[..., None] * y_TKH.float()).sum(dim=1)
+
+    def _graphed_path(self, hidden_NH: Tensor, num_valid: Tensor | None) -> Tensor:
+        routing = self.router(hidden_NH, num_valid)
+        gathered = self.dispatcher.token_dispatch(hidden_NH, routing)
+        gathered = self.dispatcher.dispatch_postprocess(gathered)
+        partial = self.dispatcher.partial_buffer(gathered)
+        self.experts(gathered.hidden, gathered.ids, gathered.weights, partial)
+        partial = self.dispatcher.combine_preprocess(partial)
+        routed_NH = self.dispatcher.token_combine(partial)
+        self._tap("ids", routing.ids_TK)
+        self._tap("weights", routing.weights_TK)
+        self._tap("gathered_hidden", gathered.hidden)
+        self._tap("gathered_ids", gathered.ids)
+        self._tap("gathered_weights", gathered.weights)
+        self._tap("partial", partial)
+        return routed_NH
+
+    # --- weights and reports ------------------------------------------------------------
+
+    def reload(self, weights: MoEWeights) -> None:
+        """Overwrite the weights in place, and all that derives from them; graphs stay valid."""
+        self.weights.copy_(weights)
+        self.experts.refresh()
+
+    def transport_report(self) -> str:
+        """Which transport the graphed path uses, and why no better one."""
+        return str(self.transport.report())
+
+    def path_report(self) -> PathReport:
+        """What the next forward will run."""
+        if not self._is_graphed:
+            return PathReport(
+                "eager", "alltoall", self.experts.backend_name, "torch router", "not in a graph"
+            )
+        report = self.transport.report()
+        return PathReport(
+            "graphed", report.label, self.experts.backend_name, "fused router", str(report)
+        )
+
+    def _tap(self, name: str, tensor: Tensor) -> None:
+        if self.taps is not None:
+            self.taps[name] = tensor
+
+    def _check(self, hidden_TH: Tensor, num_valid: Tensor | None) -> None:
+        hidden, dtype = self.config.hidden_size, self.config.dtype
+        if hidden_TH.dim() != 2 or hidden_TH.shape[1] != hidden or hidden_TH.dtype is not dtype:
+            raise ValueError(
+                f"hidden states of shape {tuple(hidden_TH.shape)} and {hidden_TH.dtype} do not fit "
+                f"the layer: pass [tokens, {hidden}] in {dtype}"
+            )
+        if num_valid is not None and not self._is_graphed:
+            raise ValueError(
+                "num_valid is for the graphed path: the eager path takes exactly the valid rows; "
+                "slice them, or call set_inference_cuda_graphed_iteration() first"
+            )
+
+
+def _weigh_input(config: MoEConfig, hidden_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows to dispatch [T, K, H], weights left for the output [T, K])."""
+    slots_TKH = hidden_TH[:, None, :].expand(-1, weights_TK.shape[1], -1)
+    if not config.router_weight_on_input:
+        return slots_TKH, weights_TK
+    weighted_TKH = (weights_TK[..., None] * slots_TKH.float()).to(config.dtype)
+    return weighted_TKH, torch.ones_like(weights_TK)

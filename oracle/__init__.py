@@ -1,0 +1,1 @@
+"""The judge: runs layers side by side and decides numerical equivalence."""

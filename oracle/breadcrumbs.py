@@ -1,0 +1,147 @@
+"""What every rank is doing, readable from outside even while the rank hangs.
+
+Each worker writes a small structure in memory that it shares with the driver:
+how many operations its task has started, the last one's name, and how often each
+name occurred.  Operations are the launches reported by ``twinmoe.optimized.launch``
+and the data collectives of ``torch.distributed``, which a worker wraps, so that a
+layer which knows nothing of this package is followed as well.
+"""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch.distributed as dist
+
+from twinmoe.optimized import launch
+
+#: Collectives that move data between ranks, hence in which a rank can wait for others.
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+)
+_NAME_BYTES = 64
+_MAX_NAMES = 64
+#: Counts the operations whose names came too late for the table.
+_OTHER_NAMES = "(other operations)"
+
+
+class Phase(IntEnum):
+    """Where a rank stands relative to its last operation."""
+
+    #: The operation was started; whether it has ended is not known.
+    STARTED = 0
+    #: The operation has not returned.
+    INSIDE = 1
+    #: The operation has returned.
+    PAST = 2
+
+
+class _Count(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char * _NAME_BYTES), ("count", ctypes.c_uint64))
+
+
+class Trail(ctypes.Structure):
+    """The shared memory of one rank; written by the worker, read by the driver."""
+
+    _fields_ = (
+        ("sequence", ctypes.c_uint64),
+        ("phase", ctypes.c_int32),
+        ("last", ctypes.c_char * _NAME_BYTES),
+        ("counts", _Count * _MAX_NAMES),
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One rank's trail at one moment."""
+
+    #: Operations that the current task has started.
+    sequence: int
+    phase: Phase
+    #: The last operation's name; empty before the first.
+    last: str
+    #: Operations started so far, by name.
+    counts: dict[str, int]
+
+    @classmethod
+    def read(cls, trail: Trail) -> "Footprint":
+        """Copy ``trail``; exact when its rank stands still, as a hanging rank does."""
+        counts = {entry.name.decode(): int(entry.count) for entry in trail.counts if entry.name}
+        return cls(int(trail.sequence), Phase(trail.phase), trail.last.decode(), counts)
+
+
+class Recorder:
+    """Writes this process's trail, from its main thread."""
+
+    def __init__(self, trail: Trail) -> None:
+        self._trail = trail
+        self._entries: dict[str, _Count] = {}
+        self._inside = False
+
+    def install(self) -> None:
+        """Follow all launches and collectives of this process from now on."""
+        launch.observers.append(lambda name: self._record(name, Phase.STARTED))
+        wrapped = {name: self._followed(name) for name in COLLECTIVES if hasattr(dist, name)}
+        originals = {name: getattr(dist, name) for name in wrapped}
+        # A module that was imported before may hold a collective under its own name.
+        for module in list(sys.modules.values()):
+            for name, original in originals.items():
+                if getattr(module, "__dict__", {}).get(name) is original:
+                    setattr(module, name, wrapped[name])
+
+    def begin_task(self) -> None:
+        """Forget the task before, whose trail the driver has erased."""
+        self._entries.clear()
+
+    def _record(self, name: str, phase: Phase) -> None:
+        trail = self._trail
+        if name not in self._entries and len(self._entries) >= _MAX_NAMES - 1:
+            name = _OTHER_NAMES
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries[name] = trail.counts[len(self._entries)]
+            # Room for the terminating zero, and no half of a multi-byte character.
+            entry.name = name.encode("ascii", "replace")[: _NAME_BYTES - 1]
+        entry.count += 1
+        trail.last = entry.name
+        trail.phase = phase
+        trail.sequence += 1
+
+    def _followed(self, name: str) -> Callable[..., Any]:
+        collective = getattr(dist, name)
+
+        @functools.wraps(collective)
+        def follow(*args: Any, **kwargs: Any) -> Any:
+            # Object collectives are made of tensor collectives: one entry for both.
+            if self._inside:
+                return collective(*args, **kwargs)
+            self._record(name, Phase.INSIDE)
+            self._inside = True
+            try:
+                return collective(*args, **kwargs)
+            finally:
+                self._inside = False
+                self._trail.phase = Phase.PAST
+
+        return follow

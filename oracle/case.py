@@ -1,0 +1,174 @@
+"""Case: the description of one trial, as one line that round-trips.
+
+Hypothesis draws descriptions, never tensors: tensors follow from the description's seed,
+on any machine.  ``T=3/0/5,H=96,I=64,E=6,k=2,dtype=bf16,...`` is both what a report prints
+and what ``twinmoe replay`` reads.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
+
+#: Short names of the configuration in a line; other settings keep their full names.
+_SHORT = {
+    "hidden_size": "H",
+    "moe_intermediate_size": "I",
+    "num_experts": "E",
+    "num_experts_per_tok": "k",
+    "shared_expert_intermediate_size": "shared",
+    "routed_scaling_factor": "rsf",
+}
+_LONG = {short: name for name, short in _SHORT.items()}
+
+#: Legal values of each axis, the neutral one first.
+TRANSPORTS = ("p2p", "nvls", "gloo", "nccl", "alltoall")
+MODES = ("eager", "graphed", "replayed")
+WIRES = ("fp32", "model")
+VALUES = ("normal", "positive", "outlier", "recorded", "integers")
+ROUTINGS = ("free", "one_expert", "one_rank", "ties", "equal", "near_ties")
+BIASES = ("mixed", "negative", "large")
+LAYOUTS = ("plain", "strided")
+PADDINGS = ("stale", "nan")
+
+_AXES = {
+    "transport": TRANSPORTS,
+    "mode": MODES,
+    "wire": WIRES,
+    "values": VALUES,
+    "routing": ROUTINGS,
+    "bias": BIASES,
+    "layout": LAYOUTS,
+    "padding": PADDINGS,
+}
+
+
+class CaseError(ValueError):
+    """A case line, or a combination in it, that means nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One trial: a layer, a batch, the path to take, and how to draw the numbers.
+
+    ``tokens`` per rank, so its length is the expert-parallel size.  ``transport``
+    "alltoall" is the layer outside graphs; the others are tiers of the graphed path.
+    ``mode``: "eager" runs that path once, "graphed" captures and replays it on the same
+    input, "replayed" replays after two other batches.  ``wire`` is the payload of the
+    reduce-scatter.  ``values``, ``routing``, ``bias``, ``layout`` and ``padding`` say what
+    the tensors look like; ``fault`` names a planted fault, if any.
+    """
+
+    config: MoEConfig
+    tokens: tuple[int, ...]
+    transport: str = "p2p"
+    mode: str = "eager"
+    backend: str = "auto"
+    wire: str = "fp32"
+    values: str = "normal"
+    routing: str = "free"
+    bias: str = "mixed"
+    layout: str = "plain"
+    padding: str = "stale"
+    seed: int = 0
+    fault: str = ""
+
+    def __post_init__(self) -> None:
+        for axis, legal in _AXES.items():
+            value = getattr(self, axis)
+            if value not in legal:
+                raise CaseError(f"{axis} ({value!r}) is unknown: use one of {', '.join(legal)}")
+        if not self.tokens or min(self.tokens) < 0:
+            raise CaseError(
+                f"T ({self.tokens}) must give a count of at least 0 for every rank: write T=3/0/5 "
+                "for three ranks"
+            )
+        if self.transport == "alltoall" and self.mode != "eager":
+            raise CaseError(
+                f"mode ({self.mode!r}) needs a graph, which alltoall dispatch cannot have: its "
+                "split sizes are read on the host; use mode=eager"
+            )
+        self.config.check_ep_size(self.ep_size)
+
+    @property
+    def ep_size(self) -> int:
+        """Number of ranks."""
+        return len(self.tokens)
+
+    def __str__(self) -> str:
+        """Return the line: the batch, the layer where it is not neutral, then the rest."""
+        parts = ["T=" + "/".join(map(str, self.tokens))]
+        for field in fields(MoEConfig):
+            value = getattr(self.config, field.name)
+            if field.name in _SHORT and field.default is not value and value != field.default:
+                parts.append(f"{_SHORT[field.name]}={value}")
+            elif field.name == "dtype" or value != field.default:
+                parts.append(f"{_SHORT.get(field.name, field.name)}={_show(value)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("config", "tokens") and value != field.default:
+                parts.append(f"{field.name}={value}")
+        return ",".join(parts)
+
+    @classmethod
+    def parse(cls, line: str) -> "Case":
+        """Read a line back.
+
+        Raises CaseError for a malformed part or an unknown key, ConfigError for a layer
+        that contradicts itself.
+        """
+        settings: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        names = {field.name for field in fields(cls)} - {"config", "tokens"}
+        config_names = {field.name for field in fields(MoEConfig)}
+        for part in filter(None, line.strip().split(",")):
+            key, equals, text = part.partition("=")
+            name = _LONG.get(key, key)
+            if not equals:
+                raise CaseError(f"{part!r} is not key=value: separate parts with commas")
+            if key == "T":
+                own["tokens"] = _counts(text)
+            elif name in names:
+                own[name] = _number(key, text, int) if name == "seed" else text
+            elif name in config_names:
+                settings[name] = _setting(key, name, text)
+            else:
+                raise CaseError(
+                    f"{key!r} is not a key of a case: use T, {', '.join(_LONG)}, "
+                    f"{', '.join(sorted(names))} or a setting of MoEConfig"
+                )
+        if "tokens" not in own:
+            raise CaseError(f"{line!r} gives no tokens: add T=3/0/5, one count per rank")
+        return cls(config=MoEConfig.from_dict(settings), **own)
+
+
+def _show(value: Any) -> str:
+    if value in DTYPES.values():
+        return dtype_name(value)
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_number("T", count, int) for count in text.split("/"))
+
+
+def _number(key: str, text: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise CaseError(f"{key}={text!r} is not {kind.__name__}: write a number") from None
+
+
+def _setting(key: str, name: str, text: str) -> Any:
+    """A configuration value from its text, by the type of the field's annotation."""
+    kind = {field.name: field.type for field in fields(MoEConfig)}[name]
+    if kind in (int, "int"):
+        return _number(key, text, int)
+    if kind in (bool, "bool"):
+        return bool(_number(key, text, int))
+    if "float" in str(kind):
+        return None if text == "None" else _number(key, text, float)
+    return text
+
+
+__all__ = ["Case", "CaseError", "ConfigError"]

@@ -1,0 +1,243 @@
+"""The main job: search every cell for a case on which the twins are not equivalent."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.faults import FAULTS
+from twinmoe.oracle.strategies import CORNERS, Cell, cases
+from twinmoe.oracle.trial import Outcome, Trial
+from twinmoe.reference.config import ConfigError, MoEConfig
+
+#: After a failure, so many more trials may go into finding a simpler one.
+SHRINK_TRIALS = 40
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to check: the cells, random cases a cell, the geometry, the seed, a fault."""
+
+    cells: tuple[Cell, ...]
+    cases_per_cell: int
+    model: MoEConfig | None = None
+    seed: int = 0
+    fault: str = ""
+
+    @property
+    def total(self) -> int:
+        """Cases that a clean run takes; a published geometry has no corners."""
+        return sum(len(self.corners(cell)) + self.cases_per_cell for cell in self.cells)
+
+    def corners(self, cell: Cell) -> list[tuple[str, Case]]:
+        """This cell's share of the pinned corners; the cells of one size cover them all."""
+        if self.model is not None:
+            return []
+        same_size = [other for other in self.cells if other.ep_size == cell.ep_size]
+        share = range(same_size.index(cell), len(CORNERS), len(same_size))
+        names = list(CORNERS)
+        picked = share or [same_size.index(cell) % len(names)]
+        return [(names[i], CORNERS[names[i]](cell)) for i in picked]
+
+    def check(self) -> None:
+        """Raise ConfigError for a model that a cell's ranks cannot share."""
+        if self.model is not None:
+            for cell in self.cells:
+                self.model.check_ep_size(cell.ep_size)
+        if self.fault and self.fault not in FAULTS:
+            raise ConfigError(
+                f"fault ({self.fault!r}) is not in the registry: use one of {', '.join(FAULTS)}"
+            )
+
+
+def plan_cells(
+    ep_sizes: Sequence[int],
+    transports: Sequence[str],
+    modes: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[Cell, ...]:
+    """Every combination that exists: alltoall has no graph."""
+    return tuple(
+        Cell(ep_size, transport, mode, dtype)
+        for ep_size in ep_sizes
+        for transport in transports
+        for mode in modes
+        for dtype in dtypes
+        if transport != "alltoall" or mode == "eager"
+    )
+
+
+@dataclass
+class CellResult:
+    """What one cell's cases showed.  ``worst_ratio`` is over both subjects' outputs."""
+
+    cell: Cell
+    cases: int = 0
+    worst_ratio: float = 0.0
+    elements: int = 0
+    flips: int = 0
+    slots: int = 0
+    slots_visible: int = 0
+    ambiguous: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    judge_seconds: float = 0.0
+    ran: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failure: Outcome | None = None
+    first_failure: Outcome | None = None
+    worker_failure: tuple[Case, WorkerFailure] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """No case failed, in numbers or in processes."""
+        return self.failure is None and self.worker_failure is None
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one judged case."""
+        self.cases += 1
+        self.seconds += outcome.run_seconds + outcome.judge_seconds
+        self.judge_seconds += outcome.judge_seconds
+        self.ran[_what_ran(outcome.paths["optimized"])] += 1
+        for verdict in outcome.verdicts.values():
+            self.worst_ratio = max(self.worst_ratio, verdict.worst_ratio)
+        verdict = outcome.verdicts.get("optimized") or next(iter(outcome.verdicts.values()))
+        self.elements += verdict.elements
+        self.flips += verdict.flips
+        self.slots += verdict.slots
+        self.slots_visible += verdict.slots_visible
+        self.ambiguous += verdict.ambiguous
+        self.tokens += verdict.tokens
+
+
+def _what_ran(path: str) -> tuple[str, str]:
+    """The parts of a path report that name software: transport and expert backend."""
+    transport, experts = path.partition(": ")[2].split(", ")[:2]
+    return transport, experts.removesuffix(" experts")
+
+
+class _NotEquivalent(AssertionError):
+    """Raised inside Hypothesis to make it look for a simpler case."""
+
+
+def run_check(
+    plan: Plan, trial: Trial, progress: Callable[[CellResult, Case], None] = lambda *_: None
+) -> Iterator[CellResult]:
+    """Check each cell in turn; yields its result.  The first failure is shrunk."""
+    plan.check()
+    shrink = True
+    for cell in plan.cells:
+        result = _Search(plan, cell, trial, progress, shrink).run()
+        shrink = shrink and result.passed
+        yield result
+
+
+class _Search:
+    """Hypothesis on one cell: pinned corners first, then drawn cases, then shrinking."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        cell: Cell,
+        trial: Trial,
+        progress: Callable[[CellResult, Case], None],
+        shrink: bool,
+    ) -> None:
+        self.plan, self.cell, self.trial, self.progress = plan, cell, trial, progress
+        self.shrink = shrink
+        self.result = CellResult(cell)
+        self._known: dict[str, Outcome] = {}
+        self._trials_left = SHRINK_TRIALS
+
+    def run(self) -> CellResult:
+        """Search until the cases are spent or a failure has been made simple."""
+        try:
+            for _, corner in self.plan.corners(self.cell):
+                self._try(corner)
+            self._drawn()
+        except _NotEquivalent:
+            pass
+        return self.result
+
+    def _drawn(self) -> None:
+        phases = [Phase.generate, Phase.shrink] if self.shrink else [Phase.generate]
+        search = given(cases(self.cell, self.plan.model))(self._try)
+        search = seed(self._cell_seed())(search)
+        settings(
+            max_examples=self.plan.cases_per_cell,
+            phases=phases,
+            deadline=None,
+            database=None,
+            report_multiple_bugs=False,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        )(search)()
+
+    def _cell_seed(self) -> int:
+        digest = hashlib.blake2b(f"{self.plan.seed}/{self.cell}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def _try(self, case: Case) -> None:
+        """One case; raises _NotEquivalent so that Hypothesis may simplify it."""
+        fault = FAULTS.get(self.plan.fault)
+        if fault is not None and fault.reaches(case):
+            case = replace(case, fault=fault.name)
+        line = str(case)
+        if line not in self._known:
+            if self.result.failure is not None and self._trials_left <= 0:
+                return  # enough shrinking: pretend to pass, the simplest failure is kept
+            outcome = self._observe(case)
+            if outcome is None or outcome.equivalent:
+                return
+            self._known[line] = outcome
+        self.result.failure = self._known[line]
+        self.result.first_failure = self.result.first_failure or self._known[line]
+        raise _NotEquivalent(self._known[line].explain())
+
+    def _observe(self, case: Case) -> Outcome | None:
+        """Run the case; None if a worker failed, which ends no search but the verdict."""
+        searching = self.result.failure is None
+        self._trials_left -= 0 if searching else 1
+        try:
+            outcome = self.trial.run(case)
+        except WorkerFailure as failure:
+            self.result.cases += 1
+            self.result.worker_failure = self.result.worker_failure or (case, failure)
+            return None
+        if searching:
+            self.result.add(outcome)
+            self.progress(self.result, case)
+        return outcome
+
+
+@dataclass
+class Summary:
+    """A whole check: its cells and how long it took."""
+
+    plan: Plan
+    results: list[CellResult]
+    seconds: float
+
+    @property
+    def equivalent(self) -> bool:
+        """Every cell passed."""
+        return all(result.passed for result in self.results)
+
+    @property
+    def cases(self) -> int:
+        """Cases judged."""
+        return sum(result.cases for result in self.results)
+
+
+def check(
+    plan: Plan, trial: Trial, progress: Callable[[CellResult, Case], None] = lambda *_: None
+) -> Summary:
+    """Run the whole plan."""
+    start = time.perf_counter()
+    results = list(run_check(plan, trial, progress))
+    return Summary(plan, results, time.perf_counter() - start)

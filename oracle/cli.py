@@ -1,0 +1,207 @@
+"""The command line: ``twinmoe check``, ``replay`` and ``doctor``.
+
+Exit codes: 0 equivalent, 1 not equivalent, 2 could not run.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from twinmoe.oracle import doctor as diagnosis
+from twinmoe.oracle import report
+from twinmoe.oracle.case import MODES, Case, CaseError
+from twinmoe.oracle.check import Plan, Summary, check, plan_cells
+from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.faults import FAULTS
+from twinmoe.oracle.strategies import EP_SIZES, Cell
+from twinmoe.oracle.trial import Trial
+from twinmoe.reference.config import DTYPES, ConfigError, dtype_name
+from twinmoe.reference.published import PUBLISHED, published, scaled
+
+EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN = 0, 1, 2
+
+#: Random cases in each cell, by profile; pinned corners come on top.
+PROFILES = {"quick": 2, "ci": 2, "nightly": 40}
+
+CPU_TRANSPORTS = ("alltoall", "nvls", "p2p", "gloo")
+CUDA_TRANSPORTS = ("alltoall", "p2p", "nccl")
+
+_console = Console()
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """One clear line on stderr, exit code 2."""
+    click.echo(f"twinmoe: {error}", err=True)
+    sys.exit(COULD_NOT_RUN)
+
+
+def _listed(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """A callback for a comma-separated option whose parts are in ``known``."""
+
+    def parse(_context: click.Context, _parameter: click.Parameter, text: str) -> list[str]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        for part in parts or [text]:
+            if part not in known:
+                raise click.BadParameter(f"{part!r} is unknown: choose from {', '.join(known)}")
+        return parts
+
+    return parse
+
+
+def _ep_sizes(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of sizes: write 1,2,4,8") from None
+    if min(sizes) < 1:
+        raise click.BadParameter(f"{min(sizes)} is not a group size: use 1 or more")
+    return sizes
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """One MoE layer implemented twice, and a judge that decides whether they are equivalent."""
+    # The judge's tensors are small, and the workers want the cores.
+    torch.set_num_threads(1)
+
+
+@main.command(name="check")
+@click.option(
+    "--ep", default=",".join(map(str, EP_SIZES)), callback=_ep_sizes, show_default=True,
+    help="Expert-parallel sizes.",
+)  # fmt: skip
+@click.option("--transport", default=None, help="Transports; all that this device has by default.")
+@click.option(
+    "--mode", default=",".join(MODES), callback=_listed(MODES), show_default=True,
+    help="How the graphed path runs.",
+)  # fmt: skip
+@click.option(
+    "--dtype", default="bf16,fp16,fp32", callback=_listed(("bf16", "fp16", "fp32")),
+    show_default=True, help="Model dtypes.",
+)  # fmt: skip
+@click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True)
+@click.option(
+    "--cases", type=click.IntRange(1), help="Random cases a cell, instead of a profile's."
+)
+@click.option("--model", type=click.Choice(list(PUBLISHED)), help="A published geometry.")
+@click.option(
+    "--scale", type=click.IntRange(1), default=1, help="Divide the model's widths by this."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--fault", default="", help="Plant this fault: the check must fail.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True,
+    help="Seconds without progress that count as a hang.",
+)  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+def check_command(**options: Any) -> None:
+    """Run both twins side by side over every path, and judge each output element."""
+    try:
+        summary = _run_check(**options)
+    except (ConfigError, CaseError, click.ClickException) as error:
+        _refuse(error)
+    report.show(summary, _console, diagnosis.not_verified(options["device"]))
+    if options["json_file"] is not None:
+        report.write_json(summary, options["json_file"])
+    sys.exit(EQUIVALENT if summary.equivalent else NOT_EQUIVALENT)
+
+
+def _run_check(**options: Any) -> Summary:
+    device = options["device"]
+    diagnosis.require(device)
+    available = CUDA_TRANSPORTS if device == "cuda" else CPU_TRANSPORTS
+    transports = options["transport"].split(",") if options["transport"] else list(available)
+    for transport in transports:
+        if transport not in available:
+            raise ConfigError(
+                f"transport ({transport!r}) does not run on {device}: choose from "
+                f"{', '.join(available)}"
+            )
+    model = scaled(published(options["model"]), options["scale"]) if options["model"] else None
+    dtypes = [DTYPES[name] for name in options["dtype"]]
+    plan = Plan(
+        plan_cells(options["ep"], transports, options["mode"], dtypes),
+        options["cases"] or PROFILES[options["profile"]],
+        model,
+        options["seed"],
+        options["fault"],
+    )
+    plan.check()
+    if options["json_file"] is not None:
+        _check_writable(options["json_file"])
+    return _with_progress(plan, device, options["timeout"])
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"--json ({path}) cannot be written: {path.parent} is not a directory; create it first"
+        )
+
+
+def _with_progress(plan: Plan, device: str, timeout_s: float) -> Summary:
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with (
+        Progress(*columns, console=_console, transient=True) as progress,
+        Trial(device, timeout_s) as trial,
+    ):
+        task = progress.add_task("starting workers", total=plan.total)
+
+        def advance(result: Any, _case: Case) -> None:
+            progress.update(task, advance=1, description=_short(result.cell))
+
+        return check(plan, trial, advance)
+
+
+def _short(cell: Cell) -> str:
+    return f"EP {cell.ep_size} {cell.transport} {cell.mode} {dtype_name(cell.dtype)}"
+
+
+@main.command()
+@click.argument("case")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True)
+def replay(case: str, device: str, timeout: float) -> None:
+    """Run one CASE line again and print its verdicts."""
+    try:
+        parsed = Case.parse(case)
+        if parsed.fault and parsed.fault not in FAULTS:
+            raise CaseError(
+                f"fault ({parsed.fault!r}) is not in the registry: use one of {', '.join(FAULTS)}"
+            )
+        diagnosis.require(device)
+    except (ConfigError, CaseError) as error:
+        _refuse(error)
+    with Trial(device, timeout) as trial:
+        try:
+            outcome = trial.run(parsed)
+        except WorkerFailure as failure:
+            _console.print(f"{type(failure).__name__}: {failure}", markup=False, soft_wrap=True)
+            sys.exit(NOT_EQUIVALENT)
+    for name, verdict in outcome.verdicts.items():
+        _console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
+        _console.print(f"  {verdict}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(EQUIVALENT if outcome.equivalent else NOT_EQUIVALENT)
+
+
+@main.command()
+def doctor() -> None:
+    """Say which transports and expert backends are available here, and why not the others."""
+    _console.print(diagnosis.table(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    _console.print(diagnosis.versions(), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""RoundingContract: what a path promises about where, and to what, it rounds.
+
+A contract is the only thing the judge believes about an implementation, and it is
+checked: a path that rounds elsewhere than it declares falls outside its envelope.
+"""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+import torch
+
+from twinmoe.oracle.rounding import FORMATS, FP32, FP64, Format
+
+
+class Wire(Enum):
+    """How partial sums of several ranks become one: the order, and the roundings.
+
+    ========== ==========================================================================
+    NONE       no sum crosses ranks; a token's terms are all summed by its owner
+    RANK_ORDER fp32 accumulation in the order of ranks: deterministic, bit for bit
+    ANY_ORDER  fp32 accumulation in an unspecified order (NVLink multicast reduction)
+    PER_HOP    a rounding to the payload's dtype at every hop, in an unspecified order
+    ========== ==========================================================================
+    """
+
+    NONE = "none"
+    RANK_ORDER = "rank order"
+    ANY_ORDER = "any order"
+    PER_HOP = "per hop"
+
+
+@dataclass(frozen=True)
+class RoundingContract:
+    """Storage format at each point of one path; None keeps the accumulator's format.
+
+    Inputs and weights as stored are exact by definition.  ``weighted_input`` is the
+    format of ``weight * hidden`` where the router weight is applied to the input;
+    ``partial`` the payload of the cross-rank sum, ``reduced`` the format of its result.
+    Router arithmetic is in ``router``; GEMMs accumulate in ``accumulator``, in any order.
+    """
+
+    name: str
+    accumulator: Format
+    router: Format
+    weighted_input: Format
+    gate_up: Format | None
+    activation: Format | None
+    expert_output: Format | None
+    partial: Format | None
+    wire: Wire
+    reduced: Format | None
+    shared_gate_up: Format | None
+    shared_output: Format | None
+    output: Format
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(point, format) pairs in the order of the data flow, for a table."""
+        shown = []
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            text = value.value if isinstance(value, Wire) else value.name if value else "kept"
+            shown.append((field.name.replace("_", " "), text))
+        return shown
+
+
+def accumulator_of(dtype: torch.dtype) -> Format:
+    """GEMMs over fp64 operands accumulate in fp64, all others in fp32."""
+    return FP64 if dtype is torch.float64 else FP32
+
+
+def storage_contract(
+    name: str, dtype: torch.dtype, router_dtype: torch.dtype = torch.float32
+) -> RoundingContract:
+    """Every stored tensor in the model's dtype, sums in the accumulator's, no wire.
+
+    This is the arithmetic of the reference and of the eager path.
+    """
+    stored = FORMATS[dtype]
+    return RoundingContract(
+        name=name,
+        accumulator=accumulator_of(dtype),
+        router=FORMATS[router_dtype],
+        weighted_input=stored,
+        gate_up=stored,
+        activation=stored,
+        expert_output=stored,
+        partial=None,
+        wire=Wire.NONE,
+        reduced=None,
+        shared_gate_up=stored,
+        shared_output=stored,
+        output=stored,
+    )

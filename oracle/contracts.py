@@ -1,0 +1,63 @@
+"""The contracts of this project's own paths, all in one place, to be reviewed together.
+
+A change here is a change of what the judge accepts: it needs a reason in its commit.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from twinmoe.oracle.contract import RoundingContract, Wire, storage_contract
+from twinmoe.oracle.rounding import FORMATS
+from twinmoe.reference.config import MoEConfig
+
+#: How each tier sums the ranks' shares.  The all-gather is a copy on every tier.
+WIRE_OF_TIER = {
+    "p2p": Wire.RANK_ORDER,
+    "nvls": Wire.ANY_ORDER,
+    "gloo": Wire.PER_HOP,
+    "nccl": Wire.PER_HOP,
+}
+
+
+def reference_contract(config: MoEConfig) -> RoundingContract:
+    """Every tensor stored in the model's dtype, the combine in fp32, one final rounding."""
+    return storage_contract("reference", config.dtype, config.router_dtype)
+
+
+def eager_contract(config: MoEConfig, backend: str) -> RoundingContract:
+    """AlltoAll dispatch: the reference's sums, the expert backend's roundings."""
+    return _with_experts(storage_contract(f"alltoall + {backend}", config.dtype), backend)
+
+
+def graphed_contract(
+    config: MoEConfig, backend: str, tier: str, wire_dtype: torch.dtype
+) -> RoundingContract:
+    """All-gather and reduce-scatter: each rank's share is stored in ``wire_dtype``.
+
+    The p2p kernel keeps its fp32 sum.  ``multimem.ld_reduce`` returns its sum in the
+    operands' type even where it accumulates in fp32 (PTX ISA), and so do NCCL and gloo.
+    """
+    payload = FORMATS[wire_dtype]
+    stored = storage_contract(f"{tier} + {backend}", config.dtype)
+    wired = replace(
+        stored,
+        partial=payload,
+        wire=WIRE_OF_TIER[tier],
+        reduced=None if tier == "p2p" else payload,
+    )
+    return _with_experts(wired, backend)
+
+
+def _with_experts(contract: RoundingContract, backend: str) -> RoundingContract:
+    """``contract`` with the roundings of an expert backend.
+
+    grouped_mm stores each GEMM's result in the model's dtype, as separate kernels must.
+    triton keeps gate and up in registers and writes expert outputs in fp32.  Both run
+    the shared expert as the reference does.
+    """
+    if backend == "grouped_mm":
+        return contract
+    if backend == "triton":
+        return replace(contract, gate_up=None, expert_output=None)
+    raise ValueError(f"backend ({backend!r}) has no contract: add one to {__name__}")

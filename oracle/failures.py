@@ -1,0 +1,170 @@
+"""The ways in which a world of workers fails, told in a line or two that name the ranks."""
+
+import re
+import signal
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from twinmoe.oracle.breadcrumbs import Footprint, Phase
+
+#: How an innocent rank's collective ends when another rank has gone away.
+_SECONDARY = re.compile(
+    r"closed by (remote )?peer|connection (was )?(closed|reset|refused)|broken pipe|socket timeout"
+    r"|timed out (waiting|after)|remote process exited",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An exception of a task, as text: its class may not be importable in the driver."""
+
+    type_name: str
+    text: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+
+class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of the program
+    """A task that did not return on every rank.
+
+    ``ranks`` are those to blame; ``footprints`` tells what every rank last did.
+    """
+
+    def __init__(
+        self, message: str, ranks: Sequence[int], footprints: Mapping[int, Footprint]
+    ) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+        self.footprints = dict(footprints)
+
+    @property
+    def rank(self) -> int:
+        """The first rank to blame."""
+        return self.ranks[0]
+
+    @property
+    def last_operations(self) -> dict[int, str]:
+        """Each rank's last operation, empty where it started none."""
+        return {rank: footprint.last for rank, footprint in self.footprints.items()}
+
+
+class WorkerDied(WorkerFailure):
+    """A worker process ended during a task; ``exit_code`` is -N after signal N."""
+
+    def __init__(
+        self, rank: int, exit_code: int | None, footprints: Mapping[int, Footprint], told: str
+    ) -> None:
+        self.exit_code = exit_code
+        if exit_code is not None and exit_code < 0:
+            how = f"was killed by signal {-exit_code} ({_signal_name(-exit_code)})"
+        else:
+            how = f"exited with code {exit_code}"
+        super().__init__(f"rank {rank} {how}\n  {told}", [rank], footprints)
+
+
+class WorkerError(WorkerFailure):
+    """The task raised on ``ranks``: ``exception_type`` (a name), ``text`` and ``traceback``."""
+
+    def __init__(
+        self, ranks: Sequence[int], raised: Raised, footprints: Mapping[int, Footprint], told: str
+    ) -> None:
+        self.exception_type, self.text = raised.type_name, raised.text
+        self.traceback = raised.traceback
+        super().__init__(f"{name_ranks(ranks)} raised {raised}\n  {told}", ranks, footprints)
+        self.add_note(f"on rank {ranks[0]}:\n{raised.traceback}")
+
+
+class WorkerHang(WorkerFailure):
+    """No rank made progress for ``seconds``; ``ranks`` kept the others waiting."""
+
+    def __init__(
+        self, ranks: Sequence[int], seconds: float, footprints: Mapping[int, Footprint], told: str
+    ) -> None:
+        self.seconds = seconds
+        rest = [rank for rank in footprints if rank not in ranks]
+        waiting = f"kept {name_ranks(rest)} waiting" if rest else "stood still"
+        super().__init__(
+            f"{name_ranks(ranks)} {waiting} for {seconds:.1f} s\n  {told}", ranks, footprints
+        )
+
+
+def is_secondary(text: str) -> bool:
+    """Whether an exception's text says only that another rank has gone away."""
+    return _SECONDARY.search(text) is not None
+
+
+def suspects(footprints: Mapping[int, Footprint], finished: Collection[int]) -> list[int]:
+    """Name the ranks that the others wait for.
+
+    Most unfinished ranks stand in one operation, the n-th of its name in the task; a rank
+    that has started fewer of that name is missing there.  Counting by name, not by position,
+    forgives a rank without tokens that skips a local kernel.  Where two operations are stood
+    in by equally many, either side may be at fault and both are named; when nobody is missing,
+    every unfinished rank is.
+    """
+    unfinished = [rank for rank in footprints if rank not in finished]
+    standing = Counter(
+        (footprint.last, footprint.counts[footprint.last])
+        for footprint in (footprints[rank] for rank in unfinished)
+        if footprint.last
+    )
+    most = max(standing.values(), default=0)
+    awaited = [operation for operation, ranks in standing.items() if ranks == most]
+    missing = [
+        rank
+        for rank, footprint in footprints.items()
+        if any(footprint.counts.get(name, 0) < nth for name, nth in awaited)
+    ]
+    return missing or unfinished
+
+
+def tell(
+    footprints: Mapping[int, Footprint],
+    finished: Collection[int],
+    places: Mapping[int, str] | None = None,
+) -> str:
+    """Say what each rank last did, ranks that did the same together."""
+    places = places or {}
+    groups: dict[str, list[int]] = {}
+    for rank, footprint in footprints.items():
+        what = _doing(footprint, rank in finished)
+        if rank in places and (rank not in finished):
+            what += f", at {places[rank]}"
+        groups.setdefault(what, []).append(rank)
+    return "; ".join(f"{name_ranks(ranks)}: {what}" for what, ranks in groups.items())
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 0 to 2``, ``ranks 0, 2 and 5``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+
+
+def _doing(footprint: Footprint, finished: bool) -> str:
+    number = f"{footprint.last} (operation {footprint.sequence})"
+    if finished and not footprint.last:
+        return "finished without any operation"
+    if finished:
+        plural = "" if footprint.sequence == 1 else "s"
+        return f"finished after {footprint.sequence} operation{plural} (last: {footprint.last})"
+    if not footprint.last:
+        return "no operation yet"
+    return {
+        Phase.STARTED: f"last started {number}",
+        Phase.INSIDE: f"waiting in {number}",
+        Phase.PAST: f"past {number}",
+    }[footprint.phase]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

@@ -1,0 +1,130 @@
+"""From a Case to its tensors: the same on every machine, and in every process.
+
+Values are drawn so that mix-ups show: ranks have different scales, experts different
+magnitudes, gate and up different ranges (``MoEWeights.random``).
+
+Legend: T tokens, H hidden_size, E experts, K experts per token.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.recording import recorded_hidden_states
+from twinmoe.reference.placement import Placement
+from twinmoe.reference.weights import MoEWeights
+
+#: Logit advantage of experts that a routing kind wants chosen.
+_ADVANTAGE = 12.0
+
+#: Value of the hidden channel that carries that advantage.
+_CARRIER = 4.0
+
+
+def weights_for(case: Case, experts: range | None = None) -> MoEWeights:
+    """Weights of ``experts`` (None: all), with the router shaped as the case asks."""
+    weights = MoEWeights.random(case.config, case.seed, experts=experts)
+    return replace(
+        weights,
+        router_EH=_router(case, weights.router_EH),
+        correction_bias_E=_bias(case, weights.correction_bias_E),
+    )
+
+
+def tokens_at(case: Case, step: int) -> tuple[int, ...]:
+    """Tokens per rank ``step`` batches before the judged one (step 0).
+
+    Earlier batches give every rank another rank's count, within the same bucket; a
+    single rank gets half.
+    """
+    if step == 0:
+        return case.tokens
+    if case.ep_size == 1:
+        return ((case.tokens[0] + 1) // 2,)
+    shift = step % case.ep_size
+    return case.tokens[shift:] + case.tokens[:shift]
+
+
+def hidden_for(case: Case, rank: int, step: int = 0) -> Tensor:
+    """Hidden states [T, H] of ``rank`` in the case's dtype, ``step`` batches ago."""
+    tokens = tokens_at(case, step)[rank]
+    x_TH = _values(case, tokens, seed=(case.seed * 1009 + step) * 64 + rank)
+    x_TH = x_TH * (1.0 + 0.25 * rank)
+    if case.routing in ("ties", "equal") or case.values == "integers":
+        x_TH = x_TH.round().clamp(-2, 2)
+    if case.routing in ("one_expert", "one_rank"):
+        x_TH[:, 0] = _CARRIER
+    x_TH = x_TH.to(case.config.dtype)
+    return _strided(x_TH) if case.layout == "strided" else x_TH
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _values(case: Case, tokens: int, seed: int) -> Tensor:
+    hidden = case.config.hidden_size
+    if case.values == "recorded":
+        return recorded_hidden_states(tokens, hidden, seed).float()
+    generator = _generator(seed)
+    x_TH = torch.randn(tokens, hidden, generator=generator)
+    if case.values == "positive":
+        return x_TH.abs()
+    if case.values == "outlier":
+        channels = torch.randperm(hidden, generator=generator)[: max(1, hidden // 64)]
+        x_TH[:, channels] *= 30.0
+    return x_TH
+
+
+def _strided(x_TH: Tensor) -> Tensor:
+    """The same values as a view into a larger tensor: row stride > H, odd offset."""
+    tokens, hidden = x_TH.shape
+    backing = torch.full((tokens, hidden + 3), torch.nan, dtype=x_TH.dtype)
+    backing[:, 1 : hidden + 1] = x_TH
+    return backing[:, 1 : hidden + 1]
+
+
+def _router(case: Case, router_EH: Tensor) -> Tensor:
+    shape, dtype = tuple(router_EH.shape), router_EH.dtype
+    if case.routing == "free":
+        return router_EH
+    if case.routing == "equal":
+        return torch.zeros_like(router_EH)
+    generator = _generator(case.seed + 1)
+    if case.routing == "ties":
+        # small integers over a power of two: logits are exact, pairs of experts tie exactly
+        base = torch.randint(-1, 2, shape, generator=generator).float()
+        scale = 1.0 / (1 << round(math.sqrt(shape[1])).bit_length())
+        return (base[torch.arange(shape[0]) // 2] * scale).to(dtype)
+    if case.routing == "near_ties":
+        paired = router_EH[torch.arange(shape[0]) // 2].clone()
+        nudge = 1 + torch.finfo(dtype).eps
+        paired[1::2, 0] = (paired[1::2, 0].float() * nudge).to(dtype)
+        return paired
+    favoured = router_EH.clone()
+    favoured[:, 0] = 0
+    favoured[_targets(case, generator), 0] = _ADVANTAGE / _CARRIER
+    return favoured
+
+
+def _targets(case: Case, generator: torch.Generator) -> Tensor:
+    """Experts that every token shall want: k of them, or all of one rank."""
+    config = case.config
+    if case.routing == "one_rank" and config.n_group == 1:
+        placement = Placement(config.num_experts, case.ep_size)
+        rank = int(torch.randint(case.ep_size, (), generator=generator))
+        return torch.tensor(placement.experts_of(rank))
+    group_size = config.num_experts // config.n_group
+    groups = torch.randperm(config.n_group, generator=generator)[: config.topk_group]
+    experts = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+    order = torch.randperm(len(experts), generator=generator)
+    return experts[order[: config.num_experts_per_tok]]
+
+
+def _bias(case: Case, bias_E: Tensor | None) -> Tensor | None:
+    if bias_E is None or case.bias == "mixed":
+        return bias_E
+    return bias_E - 2.0 if case.bias == "negative" else bias_E * 100.0

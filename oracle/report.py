@@ -1,0 +1,162 @@
+"""A check's outcome for people (a table) and for programs (JSON)."""
+
+import json
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twinmoe.oracle.check import CellResult, Summary
+from twinmoe.oracle.strategies import Cell
+from twinmoe.reference.config import dtype_name
+
+
+def cell_table(summary: Summary) -> Table:
+    """One row per EP size, transport and mode; a column of worst ratios per dtype."""
+    dtypes = list(dict.fromkeys(dtype_name(result.cell.dtype) for result in summary.results))
+    table = Table(title="error / allowed error, worst case (<= 1 is inside)", title_justify="left")
+    for name in ("EP", "transport", "mode"):
+        table.add_column(name)
+    table.add_column("cases", justify="right")
+    for name in dtypes:
+        table.add_column(name, justify="right")
+    table.add_column("flips, 16 bit", justify="right")
+    table.add_column("slots seen", justify="right")
+    table.add_column("what ran")
+
+    def row(result: CellResult) -> tuple[int, str, str]:
+        cell = result.cell
+        return cell.ep_size, cell.transport, cell.mode
+
+    for (ep_size, transport, mode), group in groupby(summary.results, key=row):
+        results = list(group)
+        by_dtype = {dtype_name(result.cell.dtype): result for result in results}
+        cells = [_ratio(by_dtype[name]) if name in by_dtype else "" for name in dtypes]
+        table.add_row(
+            str(ep_size),
+            transport,
+            mode,
+            str(sum(result.cases for result in results)),
+            *cells,
+            _flips(results),
+            _percent(sum(r.slots_visible for r in results), sum(r.slots for r in results)),
+            _ran(results),
+        )
+    return table
+
+
+def _ratio(result: CellResult) -> str:
+    if result.worker_failure is not None:
+        return "[red]failed[/red]"
+    text = f"{result.worst_ratio:.2f}"
+    return text if result.passed else f"[red]{text}[/red]"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _flips(results: list[CellResult]) -> str:
+    """Of 16-bit outputs alone: in fp32 hardly any two orders of summation agree."""
+    narrow = [result for result in results if result.cell.dtype.itemsize == 2]
+    return _percent(sum(r.flips for r in narrow), sum(r.elements for r in narrow))
+
+
+def _ran(results: list[CellResult]) -> str:
+    counts: Counter[tuple[str, str]] = sum((result.ran for result in results), Counter())
+    by_transport: dict[str, list[str]] = {}
+    for (transport, experts), count in sorted(counts.items()):
+        by_transport.setdefault(transport, []).append(f"{experts} x{count}")
+    return "; ".join(f"{name}: {', '.join(parts)}" for name, parts in by_transport.items())
+
+
+def throughput(summary: Summary) -> str:
+    """Cases per minute for each EP size, and the judge's share of the time."""
+    parts = []
+    for ep_size in dict.fromkeys(result.cell.ep_size for result in summary.results):
+        mine = [result for result in summary.results if result.cell.ep_size == ep_size]
+        seconds = sum(result.seconds for result in mine)
+        cases = sum(result.cases for result in mine)
+        parts.append(f"EP {ep_size}: {60 * cases / seconds:.0f}" if seconds else f"EP {ep_size}: -")
+    total = sum(result.seconds for result in summary.results)
+    judging = sum(result.judge_seconds for result in summary.results)
+    share = f"; {judging / total:.0%} of the time was spent judging" if total else ""
+    return "cases per minute at " + ", ".join(parts) + share
+
+
+def failures(summary: Summary) -> list[str]:
+    """One account for each failed cell: the simplest failure found, and how to replay it."""
+    told = []
+    for result in summary.results:
+        if result.worker_failure is not None:
+            case, failure = result.worker_failure
+            told.append(
+                f"{result.cell}: {type(failure).__name__}: {failure}\n"
+                f"  reproduce: twinmoe replay '{case}'"
+            )
+        if result.failure is not None:
+            text = f"{result.cell}: {result.failure.explain()}"
+            first = result.first_failure
+            if first is not None and str(first.case) != str(result.failure.case):
+                text += f"\n  first seen as: '{first.case}'"
+            told.append(text)
+    return told
+
+
+def show(summary: Summary, console: Console, verified: str) -> None:
+    """Print table, failures, throughput, verdict, and what was not verified, last."""
+    console.print(cell_table(summary))
+    accounts = failures(summary)
+    for account in accounts[:5]:
+        console.print(f"\n{account}", markup=False, highlight=False, soft_wrap=True)
+    if len(accounts) > 5:
+        console.print(f"\n... and {len(accounts) - 5} more failing cells", markup=False)
+    console.print(f"\n{throughput(summary)}", highlight=False)
+    word = "equivalent" if summary.equivalent else "NOT equivalent"
+    console.print(
+        f"{word}: {summary.cases} cases in {len(summary.results)} cells, "
+        f"{summary.seconds:.0f} s, seed {summary.plan.seed}",
+        highlight=False,
+    )
+    console.print(verified, highlight=False, soft_wrap=True)
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Everything the table shows, and the failures, for a program to read."""
+    return {
+        "equivalent": summary.equivalent,
+        "cases": summary.cases,
+        "seconds": round(summary.seconds, 3),
+        "seed": summary.plan.seed,
+        "fault": summary.plan.fault or None,
+        "cells": [_cell_json(result.cell, result) for result in summary.results],
+        "failures": failures(summary),
+    }
+
+
+def _cell_json(cell: Cell, result: CellResult) -> dict[str, Any]:
+    return {
+        "ep_size": cell.ep_size,
+        "transport": cell.transport,
+        "mode": cell.mode,
+        "dtype": dtype_name(cell.dtype),
+        "cases": result.cases,
+        "passed": result.passed,
+        "worst_ratio": result.worst_ratio,
+        "elements": result.elements,
+        "flips": result.flips,
+        "slots": result.slots,
+        "slots_visible": result.slots_visible,
+        "tokens": result.tokens,
+        "ambiguous": result.ambiguous,
+        "seconds": round(result.seconds, 3),
+        "ran": {" + ".join(names): count for names, count in result.ran.items()},
+    }
+
+
+def write_json(summary: Summary, path: Path) -> None:
+    """Write the JSON report."""
+    path.write_text(json.dumps(as_json(summary), indent=2) + "\n")

@@ -1,0 +1,121 @@
+"""Exact roundings of fp64 values to the floating-point formats of MoE kernels.
+
+``tensor.to(torch.bfloat16)`` on an fp64 tensor rounds twice, through fp32, and so
+returns the wrong neighbour for values close to a midpoint: 1 + 2**-8 + 2**-40
+becomes 1.0.  A judge whose every bound ends in a rounding cannot afford that.
+Here each rounding is done once, by scaling the value so that one unit in the last
+place becomes 1, which is exact in fp64, and rounding to an integer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format with subnormals (IEEE 754-2019, section 3).
+
+    ``precision`` counts significand bits with the hidden one, ``min_exponent`` is
+    the exponent of the smallest normal number, ``max_value`` the largest finite one.
+    """
+
+    name: str
+    precision: int
+    min_exponent: int
+    max_value: float
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff: the largest relative error of one rounding to nearest."""
+        return 2.0**-self.precision
+
+    @property
+    def smallest_normal(self) -> float:
+        """Results below it may be flushed to zero by hardware that flushes."""
+        return 2.0**self.min_exponent
+
+
+def _format(name: str, dtype: torch.dtype, precision: int, min_exponent: int) -> Format:
+    return Format(name, precision, min_exponent, torch.finfo(dtype).max)
+
+
+FP64 = _format("fp64", torch.float64, 53, -1022)
+FP32 = _format("fp32", torch.float32, 24, -126)
+FP16 = _format("fp16", torch.float16, 11, -14)
+BF16 = _format("bf16", torch.bfloat16, 8, -126)
+
+FORMATS: dict[torch.dtype, Format] = {
+    torch.float64: FP64,
+    torch.float32: FP32,
+    torch.float16: FP16,
+    torch.bfloat16: BF16,
+}
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent in fp64 for integer exponents in [-1022, 1023], exactly.
+
+    Built from bits: ``exp2`` promises no exact result and ``ldexp`` computes its
+    scale in fp32, which overflows at 2**128.
+    """
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def ulp(value: Tensor, target: Format) -> Tensor:
+    """Spacing of ``target`` at ``value``; at subnormals and zero, the smallest subnormal.
+
+    ``value`` is fp64 of any shape; the result has its shape.
+    """
+    _, exponent = torch.frexp(value)
+    leading_bit = (exponent - 1).clamp(min=target.min_exponent)
+    return power_of_two(leading_bit - (target.precision - 1))
+
+
+def round_to(value: Tensor, target: Format) -> Tensor:
+    """Round fp64 ``value`` once to ``target``, to nearest with ties to even; still fp64.
+
+    Beyond the largest finite number by half a unit or more gives infinity, as
+    IEEE 754 says; NaN and infinity pass through.
+    """
+    if target is FP64:
+        return value
+    unit = ulp(value, target)
+    rounded = torch.round(value / unit) * unit
+    overflow = rounded.abs() > target.max_value
+    rounded = torch.where(
+        overflow, torch.copysign(torch.full_like(value, torch.inf), value), rounded
+    )
+    return torch.where(value.isfinite(), rounded, value)
+
+
+def midpoint_toward(seen: Tensor, value: Tensor, target: Format) -> Tensor:
+    """The rounding boundary between ``seen``, a number of ``target``, and its neighbour.
+
+    The neighbour is the next number of ``target`` in the direction of ``value``; what
+    lies between ``seen`` and the boundary rounds to ``seen``.  For an infinity it is the
+    point beyond which finite values overflow.
+    """
+    largest = torch.full_like(seen, target.max_value)
+    finite = torch.where(seen.isinf(), torch.copysign(largest, seen), seen)
+    inward = (value - seen) * seen < 0
+    # just below a power of two the spacing is half of that above it
+    spacing = ulp(torch.where(inward, finite * (1 - 2.0**-40), finite), target)
+    boundary = finite + torch.sign(value - seen) * spacing / 2
+    overflow = finite + torch.copysign(ulp(largest, target) / 2, seen)
+    return torch.where(seen.isinf(), overflow, boundary)
+
+
+def lowest_bit(value: Tensor) -> Tensor:
+    """Exponent of the lowest set bit of each fp64 element; a large number for zeros.
+
+    Every element is an integer multiple of 2**lowest_bit.  Sums of such multiples
+    stay exact while they fit the significand, which is how the envelope knows that
+    small-integer inputs admit no rounding at all.
+    """
+    mantissa, exponent = torch.frexp(value)
+    integer = (mantissa * 2.0**53).to(torch.int64).abs()
+    _, trailing = torch.frexp((integer & -integer).to(torch.float64))
+    bit = exponent.to(torch.int64) - 53 + trailing.to(torch.int64) - 1
+    return torch.where(value == 0, torch.full_like(bit, 4096), bit)

@@ -1,0 +1,199 @@
+"""Hypothesis strategies for cases: descriptions of trials, drawn towards known trouble.
+
+Axes with few values (expert-parallel size, transport, mode, dtype) form *cells* that are
+enumerated, not drawn.  Within a cell, sizes sit at and beside tile and bucket edges,
+counts per rank are ragged, and semantic settings lean away from neutral values, since a
+scaling factor of 1 or a bias of 0 hides every fault in its handling.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+
+from twinmoe.oracle.case import Case
+from twinmoe.reference.config import MoEConfig, dtype_name
+
+#: Hidden and intermediate sizes: tile multiples, their neighbours, and odd ones.
+HIDDEN_SIZES = (96, 64, 16, 24, 33, 100, 130, 192, 384)
+INTERMEDIATE_SIZES = (40, 16, 64, 17, 96, 72)
+TOKEN_COUNTS = (3, 1, 2, 0, 5, 8, 9, 16, 17)
+EP_SIZES = (1, 2, 4, 8)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the enumerated axes."""
+
+    ep_size: int
+    transport: str
+    mode: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"EP {self.ep_size} {self.transport} {self.mode} {dtype_name(self.dtype)}"
+
+
+@st.composite
+def configs(draw: st.DrawFn, ep_size: int, dtype: torch.dtype) -> MoEConfig:
+    """A layer that ``ep_size`` ranks can share, small enough for the interpreter."""
+    local = draw(st.sampled_from((3, 2, 1, 4, 5)))
+    experts = ep_size * local
+    n_group, topk_group = draw(_groups(experts))
+    reachable = topk_group * (experts // n_group)
+    k = draw(st.sampled_from(sorted({1, 2, 3, 6, experts} & set(range(1, reachable + 1)))))
+    scoring = draw(st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus")))
+    gated = draw(st.sampled_from((True, True, False)))
+    shared = draw(st.sampled_from((24, 0, 40)))
+    return MoEConfig(
+        hidden_size=draw(st.sampled_from(HIDDEN_SIZES)),
+        moe_intermediate_size=draw(st.sampled_from(INTERMEDIATE_SIZES)),
+        num_experts=experts,
+        num_experts_per_tok=k,
+        scoring_func=scoring,
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from((2.5, 1.0, 0.5))),
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=draw(st.sampled_from(("top2_sum", "max"))),
+        use_correction_bias=draw(st.booleans()),
+        hidden_act=draw(st.sampled_from(("silu", "gelu", "relu2", "gelu_pytorch_tanh", "relu"))),
+        gated=gated,
+        swiglu_limit=draw(st.sampled_from((None, 1.5))) if gated else None,
+        shared_expert_intermediate_size=shared,
+        shared_expert_gate=draw(st.booleans()) if shared else False,
+        router_weight_on_input=draw(st.sampled_from((False, False, True))),
+        dtype=dtype,
+    )
+
+
+def _groups(experts: int) -> st.SearchStrategy[tuple[int, int]]:
+    """(n_group, topk_group) pairs, ungrouped first."""
+    pairs = [(1, 1)]
+    for n_group in range(2, experts + 1):
+        if experts % n_group == 0:
+            pairs += [(n_group, kept) for kept in (1, n_group // 2, n_group - 1) if kept]
+    return st.sampled_from(sorted(set(pairs)))
+
+
+@st.composite
+def token_counts(draw: st.DrawFn, ep_size: int) -> tuple[int, ...]:
+    """Tokens per rank: ragged, one rank only, all but one, equal, none at all."""
+    one = st.sampled_from(TOKEN_COUNTS)
+    pattern = draw(st.sampled_from(("ragged", "one rank", "all but one", "equal", "none")))
+    rank = draw(st.integers(0, ep_size - 1))
+    count = draw(one)
+    if pattern == "ragged":
+        return tuple(draw(one) for _ in range(ep_size))
+    if pattern == "one rank":
+        return tuple(count if r == rank else 0 for r in range(ep_size))
+    if pattern == "all but one":
+        return tuple(0 if r == rank else count for r in range(ep_size))
+    return (count if pattern == "equal" else 0,) * ep_size
+
+
+@st.composite
+def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None) -> Case:
+    """A case of ``cell``; with ``model``, of that geometry in the cell's dtype."""
+    if model is None:
+        config = draw(configs(cell.ep_size, cell.dtype))
+    else:
+        config = replace(model, dtype=cell.dtype)
+    in_graph = cell.transport != "alltoall"
+    return Case(
+        config=config,
+        tokens=draw(token_counts(cell.ep_size)),
+        transport=cell.transport,
+        mode=cell.mode,
+        backend=draw(st.sampled_from(usable_backends(config))),
+        wire=draw(st.sampled_from(("fp32", "model"))) if in_graph else "fp32",
+        values=draw(st.sampled_from(("normal", "recorded", "outlier", "positive", "integers"))),
+        routing=draw(st.sampled_from(("free", "free", "one_expert", "one_rank", "ties"))),
+        bias=draw(st.sampled_from(("mixed", "negative", "large")))
+        if config.use_correction_bias
+        else "mixed",
+        layout=draw(st.sampled_from(("plain", "strided"))),
+        padding=draw(st.sampled_from(("nan", "stale"))),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def usable_backends(config: MoEConfig) -> tuple[str, ...]:
+    """grouped_mm needs rows of whole 16-byte units."""
+    width = 16 // config.dtype.itemsize
+    aligned = config.hidden_size % width == 0 and config.moe_intermediate_size % width == 0
+    return ("grouped_mm", "triton") if aligned else ("triton",)
+
+
+# --- corners: one pinned case for each kind of trouble -----------------------------------
+
+
+def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) -> Case:
+    """A dense, non-neutral case of ``cell``, with ``changes`` to the case or its config."""
+    own = {"values", "routing", "bias", "layout", "padding", "wire", "backend", "seed"}
+    config = MoEConfig(
+        **{
+            "hidden_size": 96,
+            "moe_intermediate_size": 40,
+            "num_experts": cell.ep_size * 3,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 2.5,
+            "dtype": cell.dtype,
+            **{name: value for name, value in changes.items() if name not in own},
+        }  # type: ignore[arg-type]
+    )
+    ragged = tuple((5 * rank + 4) % 7 for rank in range(cell.ep_size))
+    return Case(
+        config=config,
+        tokens=ragged if tokens is None else tokens,
+        transport=cell.transport,
+        mode=cell.mode,
+        **{name: value for name, value in changes.items() if name in own},  # type: ignore[arg-type]
+    )
+
+
+Corner = Callable[[Cell], Case]
+
+#: Each kind of trouble that must be in every check, by name.
+CORNERS: dict[str, Corner] = {
+    "empty ranks": lambda c: _case(
+        c, tuple(3 if r == c.ep_size - 1 else 0 for r in range(c.ep_size))
+    ),
+    "no tokens at all": lambda c: _case(c, (0,) * c.ep_size),
+    "all tokens on one rank": lambda c: _case(
+        c, (9,) + (0,) * (c.ep_size - 1), shared_expert_intermediate_size=24
+    ),
+    "all tokens to one expert": lambda c: _case(c, num_experts_per_tok=1, routing="one_expert"),
+    "all tokens to one rank": lambda c: _case(c, routing="one_rank", values="recorded"),
+    "k = 1, unnormalised": lambda c: _case(
+        c, num_experts_per_tok=1, norm_topk_prob=False, scoring_func="sigmoid"
+    ),
+    "k = E": lambda c: _case(c, num_experts_per_tok=c.ep_size * 3),
+    "one expert a rank": lambda c: _case(
+        c, num_experts=max(c.ep_size, 2), num_experts_per_tok=min(c.ep_size, 2)
+    ),
+    "sizes beside every tile": lambda c: _case(c, hidden_size=33, moe_intermediate_size=17),
+    "exact ties": lambda c: _case(c, routing="ties", num_experts=c.ep_size * 4),
+    "all scores equal": lambda c: _case(c, routing="equal"),
+    "near ties": lambda c: _case(c, routing="near_ties", num_experts=c.ep_size * 4),
+    "groups, negative bias": lambda c: _case(
+        c,
+        num_experts=c.ep_size * 4,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=min(2, c.ep_size * 2),
+        scoring_func="sigmoid",
+        use_correction_bias=True,
+        bias="negative",
+        shared_expert_intermediate_size=24,
+    ),
+    "recorded outliers, poisoned padding": lambda c: _case(
+        c, hidden_size=384, values="recorded", padding="nan", layout="strided", wire=_wire(c)
+    ),
+}
+
+
+def _wire(cell: Cell) -> str:
+    return "fp32" if cell.transport == "alltoall" else "model"

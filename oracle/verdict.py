@@ -1,0 +1,75 @@
+"""The verdict on one forward: equivalent or not, where not, and how sure."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from twinmoe.oracle.contract import RoundingContract
+
+#: In the order of the data flow: the first one at fault names the culprit.
+STAGES = ("router", "dispatch", "experts", "combine", "output")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault, at one place.  ``token`` and ``dim`` index that rank's rows."""
+
+    stage: str
+    rank: int
+    token: int | None
+    dim: int | None
+    message: str
+    ratio: float = torch.inf
+    proof: bool = False
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass
+class Verdict:
+    """Equivalent or not, why, and how close it was.
+
+    ``worst_ratio`` is the largest error over allowed error at the output (<= 1 inside);
+    ``flips`` of ``elements`` outputs differ from the rounded truth; ``slots_visible`` of
+    ``slots`` contributions are large enough to be seen if they went missing;
+    ``ambiguous`` tokens had more than one admissible set of experts.
+    """
+
+    contract: RoundingContract
+    path: str
+    findings: list[Finding] = field(default_factory=list)
+    worst_ratio: float = 0.0
+    elements: int = 0
+    flips: int = 0
+    expected_flips: float = 0.0
+    tokens: int = 0
+    ambiguous: int = 0
+    slots: int = 0
+    slots_visible: int = 0
+    conclusive: bool = True
+
+    @property
+    def equivalent(self) -> bool:
+        """No finding, and the case was able to show one."""
+        return not self.findings and self.conclusive
+
+    @property
+    def culprit(self) -> Finding | None:
+        """The first finding in the order of the data flow."""
+        ordered = sorted(self.findings, key=lambda finding: STAGES.index(finding.stage))
+        return ordered[0] if ordered else None
+
+    def __str__(self) -> str:
+        culprit = self.culprit
+        if culprit is None:
+            return (
+                f"equivalent under {self.contract.name}: worst ratio {self.worst_ratio:.2f}, "
+                f"{self.flips} of {self.elements} elements flipped, "
+                f"{self.slots_visible} of {self.slots} slots visible"
+            )
+        others = sorted({f.stage for f in self.findings} - {culprit.stage}, key=STAGES.index)
+        lines = [culprit.message, f"  path: {self.path}   stage: {culprit.stage}"]
+        if others:
+            lines.append(f"  also outside: {', '.join(others)}")
+        return "\n".join(lines)

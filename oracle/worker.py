@@ -1,0 +1,137 @@
+"""One rank of a world: a process that runs the driver's tasks until its pipe closes."""
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import pickle
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from twinmoe.optimized.triton_runtime import INTERPRETED
+from twinmoe.oracle import wire
+from twinmoe.oracle.breadcrumbs import Recorder, Trail
+from twinmoe.oracle.failures import Raised
+
+#: Sent by the driver in place of a task: leave the group and end.
+GOODBYE = b""
+#: Makes a worker write its Python stack into its stack file, even inside native code.
+STACK_SIGNAL = signal.SIGUSR1
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a task knows of its place: ``group`` is None in a world of one rank."""
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Post:
+    """Where a worker stands: its rank, its device type and its world's private directory."""
+
+    rank: int
+    world_size: int
+    device: str
+    directory: Path
+
+    @property
+    def stack_file(self) -> Path:
+        """Receives this rank's Python stack upon ``STACK_SIGNAL``."""
+        return self.directory / f"stack-{self.rank}"
+
+
+def serve(
+    post: Post,
+    connection: Connection,
+    trails: "ctypes.Array[Trail]",
+    environment: dict[str, str],
+) -> None:
+    """Answer the joining of the group, then each task, with a result or ``Raised``."""
+    # Ctrl-C reaches the whole terminal; the driver alone decides what becomes of the world.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _adopt(environment)
+    torch.set_num_threads(1)
+    recorder = Recorder(trails[post.rank])
+    tasks: SimpleQueue[bytes] = SimpleQueue()
+    with post.stack_file.open("w") as stack_file:
+        faulthandler.register(STACK_SIGNAL, stack_file, all_threads=False)
+        threading.Thread(target=_listen, args=(post, connection, tasks), daemon=True).start()
+        context = _attempt(lambda: _join(post))
+        recorder.install()
+        connection.send_bytes(wire.dumps(context if isinstance(context, Raised) else None))
+        while (data := tasks.get()) != GOODBYE:
+            recorder.begin_task()
+            connection.send_bytes(_answer(data, context))
+        faulthandler.unregister(STACK_SIGNAL)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _adopt(environment: dict[str, str]) -> None:
+    """Take the driver's environment; the fork server's dates from its own start."""
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    if INTERPRETED:  # decided when the fork server imported Triton
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _listen(post: Post, connection: Connection, tasks: SimpleQueue[bytes]) -> None:
+    """Hand tasks on; end the process with its driver, whatever the main thread is doing."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            tasks.put(connection.recv_bytes())
+    shutil.rmtree(post.directory, ignore_errors=True)
+    os._exit(1)
+
+
+def _join(post: Post) -> RankContext:
+    device = torch.device(post.device)
+    backend = "gloo"
+    if device.type == "cuda":
+        device = torch.device("cuda", post.rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    group = None
+    if post.world_size > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # A file in the world's own directory: no port and no name that another world may hold.
+        store = f"file://{post.directory}/store"
+        dist.init_process_group(backend, store, rank=post.rank, world_size=post.world_size)
+        group = dist.group.WORLD
+    return RankContext(post.rank, post.world_size, group, device)
+
+
+def _answer(data: bytes, context: Any) -> bytes:
+    def run() -> Any:
+        function, args = wire.load_task(data)
+        return function(context, *args)
+
+    answer = _attempt(run)
+    try:
+        return wire.dumps(answer)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        text = f"the task's result cannot be sent to the driver: {error}"
+        return wire.dumps(Raised(type(error).__qualname__, text, traceback.format_exc()))
+
+
+def _attempt(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except BaseException as error:  # SystemExit too is the task's answer
+        return Raised(type(error).__qualname__, str(error), traceback.format_exc())

@@ -1,0 +1,152 @@
+"""Weights on disk: one safetensors file per layer, of which a rank reads only its own experts."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig
+from twinmoe.reference.layout import PER_EXPERT, TensorSpec, mismatches
+
+FORMAT = "twinmoe-layer"
+FORMAT_VERSION = "1"
+
+_SAFETENSORS_DTYPES = {
+    {"fp64": "F64", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}[name]: dtype
+    for name, dtype in DTYPES.items()
+}
+
+
+class CheckpointError(ValueError):
+    """A weight file, or a group's way of sharing it, that cannot be used."""
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], config: MoEConfig) -> None:
+    """Write all experts' tensors together with ``config``."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": json.dumps(config.to_dict()),
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def read_config(path: Path) -> MoEConfig:
+    """Read only the config of a weight file; raises CheckpointError if it is not one of ours."""
+    with _open(path) as file:
+        return _config_of(path, file)
+
+
+def read_tensors(path: Path, experts: range | None) -> tuple[MoEConfig, dict[str, torch.Tensor]]:
+    """Read the replicated tensors and the rows of ``experts`` (None: of all).
+
+    Rows of other experts are not read from the file.  Raises CheckpointError when the file is
+    missing, damaged, not ours, or does not hold exactly the tensors that its config calls for.
+    """
+    with _open(path) as file:
+        config = _config_of(path, file)
+        names = list(file.keys())
+        specs = {name: _spec_of(file.get_slice(name)) for name in names}
+        if problems := mismatches(specs, config, config.num_experts):
+            raise CheckpointError(
+                f"{path} does not hold the weights of its own config: {'; '.join(problems)}; "
+                "write it again with MoEWeights.save"
+            )
+        wanted = range(config.num_experts) if experts is None else experts
+        check_experts(wanted, config.num_experts)
+        rows = slice(wanted.start, wanted.stop)
+        return config, {
+            name: file.get_slice(name)[rows] if name in PER_EXPERT else file.get_tensor(name)
+            for name in names
+        }
+
+
+def check_experts(experts: range, num_experts: int) -> None:
+    """Raise ConfigError unless ``experts`` is a non-empty contiguous range of expert ids."""
+    inside = 0 <= experts.start < experts.stop <= num_experts
+    if experts.step != 1 or not inside:
+        raise ConfigError(
+            f"experts ({experts}) must be a non-empty range of step 1 within 0 to "
+            f"{num_experts - 1}: a rank's experts are contiguous; use Placement.experts_of(rank)"
+        )
+
+
+def prove_each_expert_once(
+    experts: range, num_experts: int, group: dist.ProcessGroup | None
+) -> None:
+    """Agree over ``group`` that its ranks together hold every expert exactly once.
+
+    A collective: every rank calls it, and all ranks raise CheckpointError together, naming the
+    experts and the ranks, or none does.
+    """
+    holdings: list[tuple[int, int]] = [(experts.start, experts.stop)]
+    if group is not None:
+        holdings = [(0, 0)] * dist.get_world_size(group)
+        dist.all_gather_object(holdings, (experts.start, experts.stop), group=group)
+    holders: defaultdict[int, list[int]] = defaultdict(list)
+    for rank, (start, stop) in enumerate(holdings):
+        for expert in range(start, stop):
+            holders[expert].append(rank)
+    problems = [
+        f"expert {expert} was loaded by ranks {holders[expert]}"
+        if holders[expert]
+        else f"expert {expert} was loaded by no rank"
+        for expert in range(num_experts)
+        if len(holders[expert]) != 1
+    ]
+    if problems:
+        raise CheckpointError(
+            f"each of the {num_experts} experts must be loaded by exactly one of "
+            f"{len(holdings)} rank(s), but {_abridged(problems)}; load every rank's experts by "
+            "one placement"
+        )
+
+
+def _abridged(problems: list[str], most: int = 4) -> str:
+    rest = len(problems) - most
+    return ", ".join(problems[:most]) + (f" and {rest} more alike" if rest > 0 else "")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: nothing to load; write it with MoEWeights.save"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}): it is damaged or of another "
+            "format; write it again with MoEWeights.save"
+        ) from error
+
+
+def _config_of(path: Path, file: Any) -> MoEConfig:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {metadata.get('format')} instead of {FORMAT}: it was not written "
+            "by MoEWeights.save and says nothing about its layer; convert it first"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {metadata.get('format_version')}, but this release reads "
+            f"version {FORMAT_VERSION}: write it again with MoEWeights.save of this release"
+        )
+    try:
+        return MoEConfig.from_dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} carries no usable config ({error}): its header was altered; write it again "
+            "with MoEWeights.save"
+        ) from error
+
+
+def _spec_of(stored: Any) -> TensorSpec:
+    dtype = _SAFETENSORS_DTYPES.get(stored.get_dtype(), torch.uint8)
+    return TensorSpec(tuple(stored.get_shape()), dtype)
