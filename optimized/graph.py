@@ -124,9 +124,8 @@ class GraphRunner:
         return _Captured(graph, hidden_NH, num_valid, output_NH, taps=dict(self.layer.taps or {}))
 
     def _warm_up(self, hidden_NH: Tensor, num_valid: Tensor) -> None:
-        """Compile kernels and fill caches before recording, on a side stream on CUDA."""
+        """Compile kernels and fill caches before recording; a CPU has neither."""
         if hidden_NH.device.type == "cpu":
-            self.layer(hidden_NH, num_valid)
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

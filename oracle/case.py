@@ -54,7 +54,7 @@ class Case:
     ``tokens`` per rank, so its length is the expert-parallel size.  ``transport``
     "alltoall" is the layer outside graphs; the others are tiers of the graphed path.
     ``mode``: "eager" runs that path once, "graphed" captures and replays it on the same
-    input, "replayed" replays after two other batches.  ``wire`` is the payload of the
+    input, "replayed" replays after another batch.  ``wire`` is the payload of the
     reduce-scatter.  ``values``, ``routing``, ``bias``, ``layout`` and ``padding`` say what
     the tensors look like; ``fault`` names a planted fault, if any.
     """

@@ -24,7 +24,7 @@ from twinmoe.oracle.world import World
 from twinmoe.reference.placement import Placement
 
 #: Batches before the judged one, by mode.
-_HISTORY = {"eager": (), "graphed": (), "replayed": (2, 1)}
+_HISTORY = {"eager": (), "graphed": (), "replayed": (1,)}
 
 
 @dataclass(frozen=True)

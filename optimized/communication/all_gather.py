@@ -16,14 +16,14 @@ import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
 from twinmoe.optimized.communication.multimem import Leaf, store_to_all
-from twinmoe.optimized.communication.packing import PackedTensor, as_words
+from twinmoe.optimized.communication.packing import PackedTensor, as_words, block_lanes
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
 
-#: Lanes that a CTA moves at once: four 16-byte lanes for each of 128 threads.  The interpreter
-#: pays per operation, not per element, so there it takes a slice in as few steps as it can.
-_BLOCK = 8192 if INTERPRETED else 512
+#: Least and most lanes that a CTA moves at once: one to four for each of 128 threads.  The
+#: interpreter pays per operation, not per element: as few steps as possible, nothing idle.
+_BLOCK_BOUNDS = (1, 8192) if INTERPRETED else (128, 512)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def all_gather(
     lanes = tuple(slot.num_lanes for slot in packed)
     constants = {
         "WORDS": tuple(slot.words_per_lane for slot in packed),
-        "BLOCKS": tuple(_block(count) for count in lanes),
+        "BLOCKS": tuple(block_lanes(count, num_ctas, _BLOCK_BOUNDS) for count in lanes),
         "WORLD": memory.world_size,
         "THREADS": triton.next_power_of_2(memory.world_size),
         "LEAF": int(leaf),
@@ -101,7 +101,3 @@ def all_gather(
             **constants,
         ),
     )
-
-
-def _block(num_lanes: int) -> int:
-    return min(_BLOCK, triton.next_power_of_2(num_lanes)) if INTERPRETED else _BLOCK

@@ -67,6 +67,13 @@ def pack(slice_bytes: Sequence[int], world_size: int) -> tuple[tuple[PackedTenso
     return tuple(packed), offset
 
 
+def block_lanes(num_lanes: int, num_ctas: int, bounds: tuple[int, int]) -> int:
+    """Lanes that a CTA takes at once: a power of two within ``bounds`` that keeps all CTAs busy."""
+    share = -(-num_lanes // num_ctas)
+    narrowest, widest = bounds
+    return max(narrowest, min(widest, 1 << max(0, share - 1).bit_length()))
+
+
 def as_words(tensor: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
     """View a contiguous tensor as flat words, by way of a copy where it starts off a lane boundary.
 

@@ -12,7 +12,7 @@ import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
 from twinmoe.optimized.communication.multimem import Leaf, sum_from_all
-from twinmoe.optimized.communication.packing import PackedTensor
+from twinmoe.optimized.communication.packing import PackedTensor, block_lanes
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
@@ -24,8 +24,9 @@ WIRE_DTYPES = {
     torch.float16: tl.float16,
 }
 
-#: Lanes that a CTA sums at once (each 16-byte lane is up to 8 sums held in registers).
-_BLOCK = 4096 if INTERPRETED else 256
+#: Least and most lanes that a CTA sums at once, as in the all-gather; a 16-byte lane is up to 8
+#: sums held in registers, so there are fewer of them.
+_BLOCK_BOUNDS = (1, 4096) if INTERPRETED else (128, 256)
 
 
 @triton.jit
@@ -64,11 +65,10 @@ def reduce_scatter(
     Partials lie at ``region_offset``, R slices of ``packed.slice_bytes`` each.
     """
     offset = region_offset + packed.offset + memory.rank * packed.slice_bytes
-    block = min(_BLOCK, triton.next_power_of_2(packed.num_lanes)) if INTERPRETED else _BLOCK
     constants = {
         "DTYPE": WIRE_DTYPES[dtype],
         "ELEMENTS": packed.lane_bytes // dtype.itemsize,
-        "BLOCK": block,
+        "BLOCK": block_lanes(packed.num_lanes, num_ctas, _BLOCK_BOUNDS),
         "WORLD": memory.world_size,
         "THREADS": triton.next_power_of_2(memory.world_size),
         "LEAF": int(leaf),

@@ -6,6 +6,7 @@ Legend: T tokens, H hidden_size.
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from twinmoe.reference.config import MoEConfig
@@ -42,9 +43,14 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def fp64_config(**settings: Any) -> MoEConfig:
+def at_least(examples: int) -> settings:
+    """Return the profile's settings with this many examples, or more where the profile asks."""
+    return settings(max_examples=max(examples, settings().max_examples))
+
+
+def fp64_config(**options: Any) -> MoEConfig:
     """Return a config that computes everything in fp64."""
-    return MoEConfig(**(settings | {"dtype": torch.float64, "router_dtype": torch.float64}))
+    return MoEConfig(**(options | {"dtype": torch.float64, "router_dtype": torch.float64}))
 
 
 def tokens(config: MoEConfig, count: int, seed: int) -> torch.Tensor:

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference.inputs import (
     EVERYTHING,
     PLAIN,
     assert_close_per_token,
+    at_least,
     fp64_config,
     fp64_configs,
     tokens,
@@ -23,7 +24,7 @@ from twinmoe.reference.weights import MoEWeights
 
 
 @given(fp64_configs(), st.integers(0, 9), st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@at_least(150)
 def test_layer_and_dense_agree_over_the_whole_config_space(config, count, seed):
     """Two independent formulations differ by summation order alone: 1e-12, relative."""
     weights = MoEWeights.random(config, seed)
@@ -34,7 +35,7 @@ def test_layer_and_dense_agree_over_the_whole_config_space(config, count, seed):
 
 
 @given(fp64_configs(), st.integers(0, 2**32), st.booleans())
-@settings(max_examples=80, deadline=None)
+@at_least(80)
 def test_exact_ties_nan_and_groups_are_decided_alike(config, seed, poison):
     """On few-valued logits, full of exact ties, both choose the same experts for every token."""
     config = replace(config, hidden_size=config.num_experts, routed_scaling_factor=1.0)

@@ -60,7 +60,7 @@ def test_eight_ranks_reduce(tmp_path):
 
 def test_several_ctas_share_the_work(tmp_path):
     """Blocks are dealt to CTAs in a grid-stride loop, with a masked tail."""
-    for results in run_spmd(reduce_all, 2, tmp_path, [(33, 1025, FP32), (1, 4, BF16)], 3):
+    for results in run_spmd(reduce_all, 2, tmp_path, [(33, 125, FP32), (1, 4, BF16)], 3, 64):
         for tier, dtype, result, terms in results:
             _assert_within_rule(tier, dtype, result, terms)
 

@@ -5,6 +5,7 @@ Legend: N rows per rank, R ranks, K experts per token, H hidden size.
 
 import torch
 
+from twinmoe.optimized.communication import all_gather, reduce_scatter
 from twinmoe.optimized.communication import Capacity, Tier, Transport, select_transport
 
 CPU = torch.device("cpu")
@@ -60,8 +61,10 @@ def partials(seed, rank, rows, hidden, dtype):
     return values.to(dtype)
 
 
-def gather_all(rank, group, shapes, num_ctas=1):
+def gather_all(rank, group, shapes, num_ctas=1, largest_block=None):
     """Gather every shape on every tier; return what differs from a concatenation."""
+    if largest_block:
+        all_gather._BLOCK_BOUNDS = (1, largest_block)
     world, wrong = group.size(), []
     for tier in Tier:
         transport = choose(group, tier, num_ctas=num_ctas)
@@ -74,8 +77,10 @@ def gather_all(rank, group, shapes, num_ctas=1):
     return wrong
 
 
-def reduce_all(rank, group, cases, num_ctas=1):
-    """Reduce every case on every tier; return [tier, case, result fp32, all partials' own rows]."""
+def reduce_all(rank, group, cases, num_ctas=1, largest_block=None):
+    """Reduce every case on every tier; return tier, dtype, sums and the [R, N, H] terms of each."""
+    if largest_block:
+        reduce_scatter._BLOCK_BOUNDS = (1, largest_block)
     world, results = group.size(), []
     for tier in Tier:
         transport = choose(group, tier, num_ctas=num_ctas)
