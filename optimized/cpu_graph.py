@@ -10,10 +10,11 @@ stale-buffer faults show here as they would on a GPU.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,13 +25,23 @@ class CaptureError(RuntimeError):
     """Something that a CUDA graph cannot hold was tried while capturing."""
 
 
-#: Operations that need a value, or an output size, on the host.
-_HOST_READS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten._unique2.default,
-    torch.ops.aten.equal.default,
+#: What PyTorch marks operations with that need a value, or an output size, on the host.
+_HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+#: Host reads that leave no tensor operation behind.
+_HOST_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+#: Dtypes of an index that selects by truth, hence a number of elements known only on the device.
+_MASKS = (torch.bool, torch.uint8)
+
+#: Memory without content: a replay finds there what the last replay left, as on a GPU.
+_ALLOCATIONS = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_permuted,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
 }
 
 
@@ -38,27 +49,39 @@ class CpuGraph:
     """Record operations once, re-execute them at will, on the same tensors."""
 
     def __init__(self) -> None:
-        self._tape: list[Callable[[], object]] = []
+        self._tape: list[Callable[[], object]] | None = None
 
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Run the body and record it.
 
-        Raises CaptureError for a host read, naming the operation, and for a capture
-        inside a capture.
+        Raises CaptureError for a host read, naming the operation, for a capture inside a
+        capture, and for a second capture into the same graph.
         """
         if launch.capturing():
             raise CaptureError("a capture is already live: graphs do not nest; end it first")
-        recording = _Recording(self._tape)
+        if self._tape is not None:
+            raise CaptureError("this graph is captured already: make a new one for each capture")
+        tape: list[Callable[[], object]] = []
+        recording = _Recording(tape)
         launch.record_to(recording.keep_launch)
         try:
-            with recording:
+            with _HostCopyGuard(recording), recording:
                 yield
         finally:
             launch.record_to(None)
+        self._tape = tape
 
+    @torch.no_grad()
     def replay(self) -> None:
-        """Re-execute everything recorded, in order."""
+        """Re-execute everything recorded, in order.
+
+        Raises CaptureError without a completed capture, and inside a live one.
+        """
+        if self._tape is None:
+            raise CaptureError("there is nothing to replay: no capture of this graph was completed")
+        if launch.capturing():
+            raise CaptureError("a replay inside a live capture is not recorded: end it first")
         for step in self._tape:
             step()
 
@@ -69,22 +92,22 @@ class _Recording(TorchDispatchMode):
     def __init__(self, tape: list[Callable[[], object]]) -> None:
         super().__init__()
         self._tape = tape
-        self._inside_launch = False
+        self.inside_launch = False
 
     def keep_launch(self, name: str, operation: launch.Operation) -> None:
         """Run a kernel or collective; what it does inside is its own affair."""
         self._tape.append(lambda: launch.execute(name, operation))
-        self._inside_launch = True
+        self.inside_launch = True
         try:
             launch.execute(name, operation)
         finally:
-            self._inside_launch = False
+            self.inside_launch = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._inside_launch:
+        if self.inside_launch:
             return func(*args, **kwargs)
         _refuse_host_read(func, args)
         result = func(*args, **kwargs)
@@ -94,36 +117,61 @@ class _Recording(TorchDispatchMode):
         return result
 
 
+class _HostCopyGuard(TorchFunctionMode):
+    """Refuses what reads tensors without an operation that the recording could see."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _HOST_COPIES and not self._recording.inside_launch:
+            _refuse(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
 def _refuse_host_read(func: Any, args: tuple[Any, ...]) -> None:
-    boolean_index = func is torch.ops.aten.index.Tensor and any(
-        index is not None and index.dtype is torch.bool for index in args[1]
+    if func.overloadpacket is torch.ops.aten.index:
+        reads = _has_mask(args[1])
+    elif func.overloadpacket in (torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        # A single value is written as a masked fill, which needs no count.
+        reads = _has_mask(args[1]) and args[2].numel() != 1
+    else:
+        reads = not _HOST_READS.isdisjoint(func.tags)
+    if reads:
+        _refuse(str(func))
+
+
+def _has_mask(indices: tuple[Tensor | None, ...]) -> bool:
+    return any(index is not None and index.dtype in _MASKS for index in indices)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise CaptureError(
+        f"{name} needs a value on the host during graph capture: a CUDA graph cannot "
+        "wait for one; keep counts and masks on the device"
     )
-    if func in _HOST_READS or boolean_index:
-        raise CaptureError(
-            f"{func} needs a value on the host during graph capture: a CUDA graph cannot "
-            "wait for one; keep counts and masks on the device"
-        )
 
 
 def _replay_step(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Callable[[], object] | None:
     """How to redo ``func`` into the tensors it produced; None if there is nothing to do."""
-    if func._schema.is_mutable:
-        return lambda: func(*args, **kwargs)
+    if func.overloadpacket in _ALLOCATIONS:
+        return None
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     inputs = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    fresh = [output for output in outputs if _storage(output) not in inputs]
-    if not fresh or func in (
-        torch.ops.aten.empty.memory_format,
-        torch.ops.aten.empty_strided.default,
-    ):
-        return None  # a view of storage that other steps fill, or memory without content
+    is_fresh = [_storage(output) not in inputs for output in outputs]
+    if not any(is_fresh) and not func._schema.is_mutable:
+        return None  # views of storage that other steps fill
 
     def redo() -> None:
         again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        for kept, new in zip(outputs, again, strict=True):
-            kept.copy_(new)
+        for kept, new, fresh in zip(outputs, again, is_fresh, strict=True):
+            if fresh:
+                kept.copy_(new)
 
     return redo
 

@@ -78,15 +78,25 @@ class GraphRunner:
         self.last: _Captured | None = None
         self.last_bucket: int | None = None
 
+    @torch.no_grad()
     def __call__(self, hidden_TH: Tensor, max_tokens: int | None = None) -> Tensor:
         """Run T valid rows [T, H]; returns [T, H], a copy out of the static buffer.
 
         ``max_tokens``: the largest T over all ranks, where the caller's scheduler knows
         it; None asks the group, which costs one small collective on the host.
-        Raises ValueError, on all ranks, if no bucket holds the batch.
+        Raises ValueError, on all ranks, if no bucket holds the batch; and on this rank
+        for hidden states that do not fit the layer, or more of them than ``max_tokens``.
         """
+        self.layer.check_hidden(hidden_TH)
         tokens = len(hidden_TH)
-        bucket = self.bucket_for(self._largest(tokens) if max_tokens is None else max_tokens)
+        if max_tokens is None:
+            max_tokens = self._largest(tokens)
+        elif tokens > max_tokens:
+            raise ValueError(
+                f"max_tokens ({max_tokens}) must be the largest count of all ranks, but this rank "
+                f"has {tokens} tokens: ranks would take different buckets; pass the maximum or None"
+            )
+        bucket = self.bucket_for(max_tokens)
         captured = self.capture(bucket)
         captured.hidden_NH[:tokens].copy_(hidden_TH)
         captured.num_valid.fill_(tokens)
@@ -112,6 +122,9 @@ class GraphRunner:
             self._captured[key] = self._capture(bucket)
         return self._captured[key]
 
+    # Tensors made in inference mode could never be written outside it again, replays included.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self, bucket: int) -> _Captured:
         config, device = self.layer.config, self.layer.device
         hidden_NH = torch.zeros(bucket, config.hidden_size, dtype=config.dtype, device=device)

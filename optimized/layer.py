@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from twinmoe.optimized.communication.agreement import group_rank, group_size
 from twinmoe.optimized.communication.interface import Transport
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
-from twinmoe.optimized.options import InferenceOptions
+from twinmoe.optimized.options import InferenceOptions, check_agreement
 from twinmoe.optimized.spec import InferenceSpecProvider
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
@@ -45,8 +46,9 @@ class MoELayer(nn.Module):
 
     ``weights`` is this rank's shard and stays the layer's storage: ``reload`` overwrites
     it.  ``group`` is the expert-parallel process group, None for a single rank.
-    Construction is collective: all ranks choose the transport together.  Raises
-    ConfigError for settings that do not fit, TransportError if a forced tier cannot run.
+    Construction is collective: all ranks choose the transport together.  Raises, on all
+    ranks if on one, ConfigError for settings or weights that do not fit or that differ
+    between ranks, and TransportError if a forced tier cannot run.
     """
 
     def __init__(
@@ -58,13 +60,26 @@ class MoELayer(nn.Module):
         spec: InferenceSpecProvider | None = None,
     ) -> None:
         super().__init__()
-        self.options = options or InferenceOptions()
-        self.options.check(config)
-        spec = spec or InferenceSpecProvider()
         self.config, self.weights, self.group = config, weights, group
+        self.options = options or InferenceOptions()
         self.device = weights.router_EH.device
-        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self._is_graphed = False
+        #: Assign a dict to keep the intermediate tensors of each forward, by name.
+        self.taps: dict[str, Tensor] | None = None
+        failure: Exception | None = None
+        try:
+            self._build(spec or InferenceSpecProvider())
+        except Exception as error:  # whatever it is, the peers must not wait for this rank
+            failure = error
+        check_agreement(config, self.options, failure, group)
+        self.set_kill_switch(self.options.disable_triton_nvls_kernels)
+
+    def _build(self, spec: InferenceSpecProvider) -> None:
+        config, weights, group = self.config, self.weights, self.group
+        rank, size = group_rank(group), group_size(group)
+        self.options.check(config)
         self.placement = Placement(config.num_experts, size)
+        weights.check(config, self.placement.experts_of(rank))
         self.experts = spec.experts(
             config, weights, self.placement, rank, self.options.experts_backend
         )
@@ -75,10 +90,6 @@ class MoELayer(nn.Module):
             spec.shared_expert(config, weights) if config.has_shared_expert else None
         )
         self._dispatcher_class = spec.dispatcher
-        self._is_graphed = False
-        #: Assign a dict to keep the intermediate tensors of each forward, by name.
-        self.taps: dict[str, Tensor] | None = None
-        self.set_kill_switch(self.options.disable_triton_nvls_kernels)
 
     # --- the swap -----------------------------------------------------------------------
 
@@ -102,7 +113,8 @@ class MoELayer(nn.Module):
     def set_kill_switch(self, disabled: bool) -> None:
         """Turn the symmetric-memory kernels off or on again, on all ranks together.
 
-        Collective.  Captured graphs keep the transport that they were captured with.
+        Collective.  Captured graphs keep the transport that they were captured with.  The
+        switch wins over a forced tier.  Raises TransportError, on all ranks, if they differ.
         """
         self.transport: Transport = select_transport(
             self.group,
@@ -115,7 +127,7 @@ class MoELayer(nn.Module):
                 dtype=self.config.dtype,
                 wire_dtype=self.options.wire_dtype,
             ),
-            tier=self.options.transport,
+            tier=None if disabled else self.options.transport,
             kill_switch=disabled,
         )
         self.dispatcher = self._dispatcher_class(self.transport, self.options.wire_dtype)
@@ -131,7 +143,8 @@ class MoELayer(nn.Module):
         whatever the shared expert makes of it.  All ranks pass the same number of rows
         on the graphed path.  Raises ValueError for a tensor that does not fit.
         """
-        self._check(hidden_TH, num_valid)
+        self.check_hidden(hidden_TH)
+        self._check_num_valid(num_valid)
         hidden_TH = hidden_TH.contiguous()
         routed_TH = (
             self._graphed_path(hidden_TH, num_valid)
@@ -197,17 +210,27 @@ class MoELayer(nn.Module):
         if self.taps is not None:
             self.taps[name] = tensor
 
-    def _check(self, hidden_TH: Tensor, num_valid: Tensor | None) -> None:
+    def check_hidden(self, hidden_TH: Tensor) -> None:
+        """Raise ValueError unless these are [tokens, hidden_size] in the config's dtype."""
         hidden, dtype = self.config.hidden_size, self.config.dtype
         if hidden_TH.dim() != 2 or hidden_TH.shape[1] != hidden or hidden_TH.dtype is not dtype:
             raise ValueError(
                 f"hidden states of shape {tuple(hidden_TH.shape)} and {hidden_TH.dtype} do not fit "
-                f"the layer: pass [tokens, {hidden}] in {dtype}"
+                f"the layer: rows are multiplied as they are; pass [tokens, {hidden}] in {dtype}"
             )
-        if num_valid is not None and not self._is_graphed:
+
+    def _check_num_valid(self, num_valid: Tensor | None) -> None:
+        if num_valid is None:
+            return
+        if not self._is_graphed:
             raise ValueError(
                 "num_valid is for the graphed path: the eager path takes exactly the valid rows; "
                 "slice them, or call set_inference_cuda_graphed_iteration() first"
+            )
+        if num_valid.numel() != 1 or num_valid.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"num_valid of shape {tuple(num_valid.shape)} and {num_valid.dtype} is no row "
+                "count: kernels read one integer; pass one int32 or int64 on the layer's device"
             )
 
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
+from twinmoe.optimized.communication.agreement import exchange
 from twinmoe.optimized.communication.eligibility import Tier
 from twinmoe.reference.config import ConfigError, MoEConfig
 
@@ -34,6 +36,12 @@ class InferenceOptions:
                 f"({config.dtype}): partial sums travel unrounded or as the model stores them; "
                 "use one of the two"
             )
+        if self.disable_triton_nvls_kernels and self.transport not in (None, Tier.COLLECTIVE):
+            raise ConfigError(
+                f"transport ({self.transport.value}) cannot be forced while "
+                "disable_triton_nvls_kernels is set: the switch leaves plain collectives only; "
+                "drop one of the two"
+            )
         if self.max_tokens_per_rank < 1:
             raise ConfigError(
                 f"max_tokens_per_rank ({self.max_tokens_per_rank}) must be at least 1: buffers "
@@ -44,3 +52,30 @@ class InferenceOptions:
                 "dtype (torch.float64) has no inference kernels: they accumulate in fp32; use "
                 "bfloat16, float16 or float32, or the reference layer"
             )
+
+
+def check_agreement(
+    config: MoEConfig,
+    options: InferenceOptions,
+    failure: Exception | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Go on only if all ranks can build their layer, and mean the same; a collective.
+
+    ``failure`` is what this rank stumbled over.  Raises it, or ConfigError on the others.
+    """
+    told = exchange((failure and f"{type(failure).__name__}: {failure}", config, options), group)
+    if failure is not None:
+        raise failure
+    for rank, (stumbled_over, *settings) in enumerate(told):
+        if stumbled_over is not None:
+            raise ConfigError(
+                f"rank {rank} could not build its layer ({stumbled_over}): a group runs on all "
+                "ranks or on none; correct it there"
+            )
+        for mine, theirs in zip((config, options), settings, strict=True):
+            if mine != theirs:
+                raise ConfigError(
+                    f"rank {rank} asks for {theirs}, this one for {mine}: ranks that differ would "
+                    "exchange rows of different meaning; pass the same on all ranks"
+                )

@@ -46,9 +46,9 @@ def router_logits(
     for start in range(0, H_PER_PART, BLOCK_H):
         h_H = part * H_PER_PART + start + tl.arange(0, BLOCK_H)
         x_mask = valid_T[:, None] & (h_H < H)[None, :]
-        x_TH = tl.load(x_ptr + row_T[:, None] * H + h_H[None, :], mask=x_mask, other=0.0)
+        x_TH = tl.load(x_ptr + row_T[:, None] * H + h_H[None, :], mask=x_mask, other=0)
         w_mask = (h_H < H)[:, None] & exists_E[None, :]
-        w_HE = tl.load(w_ptr + expert_E[None, :] * H + h_H[:, None], mask=w_mask, other=0.0)
+        w_HE = tl.load(w_ptr + expert_E[None, :] * H + h_H[:, None], mask=w_mask, other=0)
         sum_TE = tl.dot(to_fp32(x_TH), to_fp32(w_HE), sum_TE, input_precision="ieee")
     out = partials_ptr + (part.to(tl.int64) * T + row_T[:, None]) * E + expert_E[None, :]
     tl.store(out, sum_TE, mask=valid_T[:, None] & exists_E[None, :])

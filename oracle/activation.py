@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twinmoe.oracle.envelope import Enclosure
+from twinmoe.oracle.envelope import E
 from twinmoe.oracle.rounding import Format
 
 
@@ -71,7 +71,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def activate(name: str, a: Enclosure, accumulator: Format) -> Enclosure:
+def activate(name: str, a: E, accumulator: Format) -> E:
     """phi(a), evaluated in the accumulator's format."""
     activation = ACTIVATIONS[name]
     value = activation.value(a.value)
@@ -80,12 +80,12 @@ def activate(name: str, a: Enclosure, accumulator: Format) -> Enclosure:
     evaluation = accumulator.unit * activation.evaluation(a.value, value)
     # exp overflows below about -88 in fp32, squares underflow: the result may become 0
     underflow = accumulator.smallest_normal * (1 + a.value.abs()) * (value != 0)
-    return Enclosure(value, spread + evaluation + underflow)
+    return type(a)(value, a.join(spread, evaluation + underflow))
 
 
-def clamp(x: Enclosure, low: float, high: float) -> Enclosure:
+def clamp(x: E, low: float, high: float) -> E:
     """Clamping is exact, monotone and 1-Lipschitz: both ends clamp."""
     value = x.value.clamp(low, high)
     above = (x.value + x.radius).clamp(low, high) - value
     below = value - (x.value - x.radius).clamp(low, high)
-    return Enclosure(value, torch.maximum(above, below))
+    return type(x)(value, torch.maximum(above, below))

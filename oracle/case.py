@@ -31,6 +31,9 @@ BIASES = ("mixed", "negative", "large")
 LAYOUTS = ("plain", "strided")
 PADDINGS = ("stale", "nan")
 
+#: Leaves room to derive one 64-bit seed for each rank and batch.
+MAX_SEED = 2**32 - 1
+
 _AXES = {
     "transport": TRANSPORTS,
     "mode": MODES,
@@ -83,6 +86,11 @@ class Case:
                 f"T ({self.tokens}) must give a count of at least 0 for every rank: write T=3/0/5 "
                 "for three ranks"
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise CaseError(
+                f"seed ({self.seed}) must be in 0 .. {MAX_SEED}: every rank and batch derives its "
+                "own seed from it; use one of these"
+            )
         if self.transport == "alltoall" and self.mode != "eager":
             raise CaseError(
                 f"mode ({self.mode!r}) needs a graph, which alltoall dispatch cannot have: its "
@@ -121,11 +129,13 @@ class Case:
         own: dict[str, Any] = {}
         names = {field.name for field in fields(cls)} - {"config", "tokens"}
         config_names = {field.name for field in fields(MoEConfig)}
-        for part in filter(None, line.strip().split(",")):
+        for part in filter(None, map(str.strip, line.split(","))):
             key, equals, text = part.partition("=")
-            name = _LONG.get(key, key)
+            name = "tokens" if key == "T" else _LONG.get(key, key)
             if not equals:
                 raise CaseError(f"{part!r} is not key=value: separate parts with commas")
+            if name in own or name in settings:
+                raise CaseError(f"{key!r} is given twice: a key has one value; drop one of them")
             if key == "T":
                 own["tokens"] = _counts(text)
             elif name in names:
@@ -165,7 +175,9 @@ def _setting(key: str, name: str, text: str) -> Any:
     if kind in (int, "int"):
         return _number(key, text, int)
     if kind in (bool, "bool"):
-        return bool(_number(key, text, int))
+        if text not in ("0", "1"):
+            raise CaseError(f"{key}={text!r} is not a switch: write 0 or 1")
+        return text == "1"
     if "float" in str(kind):
         return None if text == "None" else _number(key, text, float)
     return text

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.faults import FAULTS
+from twinmoe.oracle.faults import FAULTS, require_fault
 from twinmoe.oracle.strategies import CORNERS, Cell, cases
 from twinmoe.oracle.trial import Outcome, Trial
 from twinmoe.reference.config import ConfigError, MoEConfig
@@ -46,14 +46,16 @@ class Plan:
         return [(names[i], CORNERS[names[i]](cell)) for i in picked]
 
     def check(self) -> None:
-        """Raise ConfigError for a model that a cell's ranks cannot share."""
+        """Raise ConfigError for a plan that checks nothing, or that no ranks could share."""
+        if not self.cells:
+            raise ConfigError(
+                "the transports and modes (alltoall, in a graph) form no cell: alltoall reads its "
+                "split sizes on the host; add mode eager or another transport"
+            )
         if self.model is not None:
             for cell in self.cells:
                 self.model.check_ep_size(cell.ep_size)
-        if self.fault and self.fault not in FAULTS:
-            raise ConfigError(
-                f"fault ({self.fault!r}) is not in the registry: use one of {', '.join(FAULTS)}"
-            )
+        require_fault(self.fault)
 
 
 def plan_cells(
@@ -62,8 +64,8 @@ def plan_cells(
     modes: Sequence[str],
     dtypes: Sequence[torch.dtype],
 ) -> tuple[Cell, ...]:
-    """Every combination that exists: alltoall has no graph."""
-    return tuple(
+    """Every combination that exists, once each: alltoall has no graph."""
+    cells = (
         Cell(ep_size, transport, mode, dtype)
         for ep_size in ep_sizes
         for transport in transports
@@ -71,14 +73,19 @@ def plan_cells(
         for dtype in dtypes
         if transport != "alltoall" or mode == "eager"
     )
+    return tuple(dict.fromkeys(cells))
 
 
 @dataclass
 class CellResult:
-    """What one cell's cases showed.  ``worst_ratio`` is over both subjects' outputs."""
+    """What one cell's cases showed.  ``worst_ratio`` is over both subjects' outputs.
+
+    ``planted`` counts the cases that the plan's fault could reach.
+    """
 
     cell: Cell
     cases: int = 0
+    planted: int = 0
     worst_ratio: float = 0.0
     elements: int = 0
     flips: int = 0
@@ -98,9 +105,12 @@ class CellResult:
         """No case failed, in numbers or in processes."""
         return self.failure is None and self.worker_failure is None
 
-    def add(self, outcome: Outcome) -> None:
-        """Count one judged case."""
+    def add(self, case: Case, outcome: Outcome | None) -> None:
+        """Count one case; it has no outcome if a worker failed."""
         self.cases += 1
+        self.planted += bool(case.fault)
+        if outcome is None:
+            return
         self.seconds += outcome.run_seconds + outcome.judge_seconds
         self.judge_seconds += outcome.judge_seconds
         self.ran[_what_ran(outcome.paths["optimized"])] += 1
@@ -121,7 +131,7 @@ def _what_ran(path: str) -> tuple[str, str]:
     return transport, experts.removesuffix(" experts")
 
 
-class _NotEquivalent(AssertionError):
+class _CounterexampleError(AssertionError):
     """Raised inside Hypothesis to make it look for a simpler case."""
 
 
@@ -153,6 +163,7 @@ class _Search:
         self.result = CellResult(cell)
         self._known: dict[str, Outcome] = {}
         self._trials_left = SHRINK_TRIALS
+        self._opening = True
 
     def run(self) -> CellResult:
         """Search until the cases are spent or a failure has been made simple."""
@@ -160,16 +171,16 @@ class _Search:
             for _, corner in self.plan.corners(self.cell):
                 self._try(corner)
             self._drawn()
-        except _NotEquivalent:
+        except _CounterexampleError:
             pass
         return self.result
 
     def _drawn(self) -> None:
         phases = [Phase.generate, Phase.shrink] if self.shrink else [Phase.generate]
-        search = given(cases(self.cell, self.plan.model))(self._try)
+        search = given(cases(self.cell, self.plan.model))(self._try_but_the_first)
         search = seed(self._cell_seed())(search)
         settings(
-            max_examples=self.plan.cases_per_cell,
+            max_examples=self.plan.cases_per_cell + 1,
             phases=phases,
             deadline=None,
             database=None,
@@ -178,39 +189,52 @@ class _Search:
             suppress_health_check=list(HealthCheck),
         )(search)()
 
+    def _try_but_the_first(self, case: Case) -> None:
+        """Hypothesis opens with its simplest example: the same in all cells, no random case."""
+        opening, self._opening = self._opening, False
+        if not opening:
+            self._try(case)
+
     def _cell_seed(self) -> int:
         digest = hashlib.blake2b(f"{self.plan.seed}/{self.cell}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
     def _try(self, case: Case) -> None:
-        """One case; raises _NotEquivalent so that Hypothesis may simplify it."""
+        """One case; raises _CounterexampleError so that Hypothesis may simplify it."""
         fault = FAULTS.get(self.plan.fault)
         if fault is not None and fault.reaches(case):
             case = replace(case, fault=fault.name)
         line = str(case)
         if line not in self._known:
-            if self.result.failure is not None and self._trials_left <= 0:
-                return  # enough shrinking: pretend to pass, the simplest failure is kept
+            if self._enough():
+                return
             outcome = self._observe(case)
             if outcome is None or outcome.equivalent:
                 return
             self._known[line] = outcome
         self.result.failure = self._known[line]
         self.result.first_failure = self.result.first_failure or self._known[line]
-        raise _NotEquivalent(self._known[line].explain())
+        raise _CounterexampleError(self._known[line].explain())
+
+    def _enough(self) -> bool:
+        """Whether new cases now pass untried: the cell has failed, and more of it costs too much.
+
+        A failed worker may cost a timeout with every case; the simplest failure is kept.
+        """
+        shrunk = self.result.failure is not None and self._trials_left <= 0
+        return shrunk or self.result.worker_failure is not None
 
     def _observe(self, case: Case) -> Outcome | None:
-        """Run the case; None if a worker failed, which ends no search but the verdict."""
+        """Run the case; None if a worker failed, after which the cell is given up."""
         searching = self.result.failure is None
         self._trials_left -= 0 if searching else 1
+        outcome = None
         try:
             outcome = self.trial.run(case)
         except WorkerFailure as failure:
-            self.result.cases += 1
-            self.result.worker_failure = self.result.worker_failure or (case, failure)
-            return None
+            self.result.worker_failure = case, failure
         if searching:
-            self.result.add(outcome)
+            self.result.add(case, outcome)
             self.progress(self.result, case)
         return outcome
 
@@ -232,6 +256,11 @@ class Summary:
     def cases(self) -> int:
         """Cases judged."""
         return sum(result.cases for result in self.results)
+
+    @property
+    def planted(self) -> int:
+        """Cases with the plan's fault."""
+        return sum(result.planted for result in self.results)
 
 
 def check(

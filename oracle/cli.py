@@ -1,8 +1,9 @@
 """The command line: ``twinmoe check``, ``replay`` and ``doctor``.
 
-Exit codes: 0 equivalent, 1 not equivalent, 2 could not run.
+Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +19,12 @@ from twinmoe.oracle import report
 from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.faults import FAULTS
 from twinmoe.oracle.strategies import EP_SIZES, Cell
 from twinmoe.oracle.trial import Trial
-from twinmoe.reference.config import DTYPES, ConfigError, dtype_name
+from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 from twinmoe.reference.published import PUBLISHED, published, scaled
 
-EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN = 0, 1, 2
+EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
 #: Random cases in each cell, by profile; pinned corners come on top.
 PROFILES = {"quick": 2, "ci": 2, "nightly": 40}
@@ -35,18 +35,34 @@ CUDA_TRANSPORTS = ("alltoall", "p2p", "nccl")
 _console = Console()
 
 
-def _refuse(error: Exception) -> NoReturn:
-    """One clear line on stderr, exit code 2."""
-    click.echo(f"twinmoe: {error}", err=True)
-    sys.exit(COULD_NOT_RUN)
+class _Program(click.Group):
+    """Ends bad input in one line on stderr, and Ctrl-C in a code that is no verdict."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run the command line and exit the process."""
+        try:
+            super().main(*args, **{**extra, "standalone_mode": False})
+            sys.exit(EQUIVALENT)
+        except click.UsageError as error:
+            asked = error.ctx.command_path if error.ctx else "twinmoe"
+            _end(f"{error.format_message().rstrip('.')}; see {asked} --help", COULD_NOT_RUN)
+        except (ConfigError, CaseError) as error:
+            _end(str(error), COULD_NOT_RUN)
+        except click.Abort:
+            _end("interrupted; no verdict", INTERRUPTED)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    click.echo(f"twinmoe: {message}", err=True)
+    sys.exit(code)
 
 
 def _listed(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """A callback for a comma-separated option whose parts are in ``known``."""
 
     def parse(_context: click.Context, _parameter: click.Parameter, text: str) -> list[str]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        for part in parts or [text]:
+        parts = [part.strip() for part in text.split(",")]
+        for part in parts:
             if part not in known:
                 raise click.BadParameter(f"{part!r} is unknown: choose from {', '.join(known)}")
         return parts
@@ -64,7 +80,9 @@ def _ep_sizes(_context: click.Context, _parameter: click.Parameter, text: str) -
     return sizes
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Program, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 def main() -> None:
     """One MoE layer implemented twice, and a judge that decides whether they are equivalent."""
     # The judge's tensors are small, and the workers want the cores.
@@ -90,9 +108,7 @@ def main() -> None:
     "--cases", type=click.IntRange(1), help="Random cases a cell, instead of a profile's."
 )
 @click.option("--model", type=click.Choice(list(PUBLISHED)), help="A published geometry.")
-@click.option(
-    "--scale", type=click.IntRange(1), default=1, help="Divide the model's widths by this."
-)
+@click.option("--scale", type=click.IntRange(1), help="Divide the model's widths by this.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--fault", default="", help="Plant this fault: the check must fail.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -103,10 +119,7 @@ def main() -> None:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def check_command(**options: Any) -> None:
     """Run both twins side by side over every path, and judge each output element."""
-    try:
-        summary = _run_check(**options)
-    except (ConfigError, CaseError, click.ClickException) as error:
-        _refuse(error)
+    summary = _run_check(**options)
     report.show(summary, _console, diagnosis.not_verified(options["device"]))
     if options["json_file"] is not None:
         report.write_json(summary, options["json_file"])
@@ -116,27 +129,50 @@ def check_command(**options: Any) -> None:
 def _run_check(**options: Any) -> Summary:
     device = options["device"]
     diagnosis.require(device)
-    available = CUDA_TRANSPORTS if device == "cuda" else CPU_TRANSPORTS
-    transports = options["transport"].split(",") if options["transport"] else list(available)
-    for transport in transports:
-        if transport not in available:
-            raise ConfigError(
-                f"transport ({transport!r}) does not run on {device}: choose from "
-                f"{', '.join(available)}"
-            )
-    model = scaled(published(options["model"]), options["scale"]) if options["model"] else None
+    transports = _transports(options["transport"], device)
     dtypes = [DTYPES[name] for name in options["dtype"]]
     plan = Plan(
         plan_cells(options["ep"], transports, options["mode"], dtypes),
         options["cases"] or PROFILES[options["profile"]],
-        model,
+        _model(options["model"], options["scale"]),
         options["seed"],
         options["fault"],
     )
     plan.check()
     if options["json_file"] is not None:
         _check_writable(options["json_file"])
-    return _with_progress(plan, device, options["timeout"])
+    summary = _with_progress(plan, device, options["timeout"])
+    if plan.fault and not summary.planted:
+        raise ConfigError(
+            f"fault ({plan.fault!r}) was reached by none of {summary.cases} cases: nothing was "
+            "shown about it; check more cells or cases"
+        )
+    return summary
+
+
+def _transports(text: str | None, device: str) -> list[str]:
+    available = CUDA_TRANSPORTS if device == "cuda" else CPU_TRANSPORTS
+    if text is None:
+        return list(available)
+    transports = [part.strip() for part in text.split(",")]
+    for transport in transports:
+        if transport not in available:
+            raise ConfigError(
+                f"transport ({transport!r}) does not run on {device}: choose from "
+                f"{', '.join(available)}"
+            )
+    return transports
+
+
+def _model(name: str | None, scale: int | None) -> MoEConfig | None:
+    if name is not None:
+        return scaled(published(name), scale or 1)
+    if scale is not None:
+        raise ConfigError(
+            f"--scale ({scale}) has nothing to scale: it divides a published model's widths; add "
+            f"--model, one of {', '.join(PUBLISHED)}"
+        )
+    return None
 
 
 def _check_writable(path: Path) -> None:
@@ -144,6 +180,8 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(
             f"--json ({path}) cannot be written: {path.parent} is not a directory; create it first"
         )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--json ({path}) cannot be written: no permission; choose another file")
 
 
 def _with_progress(plan: Plan, device: str, timeout_s: float) -> Summary:
@@ -175,15 +213,9 @@ def _short(cell: Cell) -> str:
 @click.option("--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True)
 def replay(case: str, device: str, timeout: float) -> None:
     """Run one CASE line again and print its verdicts."""
-    try:
-        parsed = Case.parse(case)
-        if parsed.fault and parsed.fault not in FAULTS:
-            raise CaseError(
-                f"fault ({parsed.fault!r}) is not in the registry: use one of {', '.join(FAULTS)}"
-            )
-        diagnosis.require(device)
-    except (ConfigError, CaseError) as error:
-        _refuse(error)
+    parsed = Case.parse(case)
+    diagnosis.require_case(parsed, device)
+    _transports(parsed.transport, device)
     with Trial(device, timeout) as trial:
         try:
             outcome = trial.run(parsed)
@@ -201,6 +233,13 @@ def doctor() -> None:
     """Say which transports and expert backends are available here, and why not the others."""
     _console.print(diagnosis.table(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     _console.print(diagnosis.versions(), highlight=False)
+
+
+@main.command()
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16")
+def contracts(dtype: str) -> None:
+    """Show where each path declares that it rounds: what the judge holds it to."""
+    _console.print(report.contract_table(DTYPES[dtype]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from enum import Enum
 
 import torch
 
+from twinmoe.oracle.quantise import Quantiser
 from twinmoe.oracle.rounding import FORMATS, FP32, FP64, Format
 
 
@@ -52,15 +53,23 @@ class RoundingContract:
     shared_gate_up: Format | None
     shared_output: Format | None
     output: Format
+    quantise_input: Quantiser | None = None
+    quantise_activation: Quantiser | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """(point, format) pairs in the order of the data flow, for a table."""
         shown = []
         for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            text = value.value if isinstance(value, Wire) else value.name if value else "kept"
-            shown.append((field.name.replace("_", " "), text))
+            shown.append((field.name.replace("_", " "), _show(getattr(self, field.name))))
         return shown
+
+
+def _show(point: object) -> str:
+    if point is None:
+        return "kept"
+    if isinstance(point, Quantiser):
+        return f"{point.codes.name} in blocks of {point.block}"
+    return point.value if isinstance(point, Wire) else str(getattr(point, "name", point))
 
 
 def accumulator_of(dtype: torch.dtype) -> Format:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from twinmoe.optimized.experts import BACKENDS
 from twinmoe.oracle.contract import RoundingContract, Wire, storage_contract
 from twinmoe.oracle.rounding import FORMATS
 from twinmoe.reference.config import MoEConfig
@@ -47,6 +48,24 @@ def graphed_contract(
         reduced=None if tier == "p2p" else payload,
     )
     return _with_experts(wired, backend)
+
+
+def own_contracts(dtype: torch.dtype) -> list[RoundingContract]:
+    """Every contract of this project's paths for one model dtype."""
+    config = MoEConfig(
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        dtype=dtype,
+    )
+    contracts = [reference_contract(config)]
+    contracts += [eager_contract(config, backend) for backend in BACKENDS]
+    for tier in WIRE_OF_TIER:
+        for wire_dtype in dict.fromkeys((torch.float32, dtype)):
+            contract = graphed_contract(config, "grouped_mm", tier, wire_dtype)
+            contracts.append(replace(contract, name=f"{tier}, {FORMATS[wire_dtype].name} wire"))
+    return contracts
 
 
 def _with_experts(contract: RoundingContract, backend: str) -> RoundingContract:

@@ -10,9 +10,13 @@ from twinmoe.optimized.communication.eligibility import Tier
 from twinmoe.optimized.communication.errors import TransportError
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
-from twinmoe.optimized.experts import backend_report
+from twinmoe.optimized.experts import backend_report, choose_backend
+from twinmoe.optimized.options import InferenceOptions
 from twinmoe.optimized.triton_runtime import INTERPRETED
-from twinmoe.reference.config import ConfigError, MoEConfig
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.faults import FAULTS, require_fault
+from twinmoe.oracle.subject import BUCKETS
+from twinmoe.reference.config import ConfigError, MoEConfig, dtype_name
 
 _PACKAGES = ("torch", "triton", "numpy", "hypothesis", "flashinfer-python")
 
@@ -27,6 +31,29 @@ def require(device: str) -> None:
         raise ConfigError(
             "device ('cpu') needs Triton's interpreter, which is off because a CUDA device was "
             "found: set TRITON_INTERPRET=1, or use --device cuda"
+        )
+
+
+def require_case(case: Case, device: str) -> None:
+    """Raise ConfigError, before a worker starts, unless ``device`` here can run ``case``."""
+    require(device)
+    InferenceOptions(experts_backend=case.backend).check(case.config)
+    choose_backend(case.backend, case.config, torch.device(device))
+    if case.config.router_dtype is not torch.float32:
+        raise ConfigError(
+            f"router_dtype ({dtype_name(case.config.router_dtype)}) has no router kernel: they "
+            "score in fp32; leave it out"
+        )
+    if max(case.tokens) > BUCKETS[-1]:
+        raise ConfigError(
+            f"T ({max(case.tokens)}) exceeds the largest graph bucket ({BUCKETS[-1]}): no graph "
+            f"holds that many rows; use at most {BUCKETS[-1]} on each rank"
+        )
+    require_fault(case.fault)
+    if case.fault and not FAULTS[case.fault].reaches(case):
+        raise ConfigError(
+            f"fault ({case.fault!r}) is out of this case's reach: {FAULTS[case.fault].what}; use "
+            "a case that takes that way"
         )
 
 

@@ -6,8 +6,10 @@ Algorithms*, 2nd ed., chapter 3 (HARD); N. J. Higham and T. Mary, SIAM J. Sci.
 Comput. 41 (2019), and I. C. F. Ipsen and H. Zhou, arXiv 1906.10465 (MED, SHARP).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +21,11 @@ from twinmoe.oracle.rounding import Format, lowest_bit, round_to
 LAMBDA = 8.0
 
 
+Index = tuple[Tensor, ...]
+
+
 class Grade(IntEnum):
-    """How a radius was derived, from proof to model.
+    """How a radius was derived, from model to proof.
 
     HARD is a worst case over all orders: outside it, the arithmetic is not the declared
     one.  MED takes roundings as independent, mean zero.  SHARP also takes the data's
@@ -39,92 +44,145 @@ class Enclosure:
     value: Tensor
     radius: Tensor
 
+    #: Standard deviations that the radius of a probabilistic grade spans.
+    deviations: ClassVar[float] = LAMBDA
+
     @classmethod
-    def exact(cls, value: Tensor) -> "Enclosure":
+    def exact(cls, value: Tensor) -> Self:
         """A stored tensor, taken as it is."""
         value = value.double()
         return cls(value, torch.zeros_like(value))
 
-    def __getitem__(self, index: object) -> "Enclosure":
-        return Enclosure(self.value[index], self.radius[index])  # type: ignore[index]
+    @classmethod
+    def stack(cls, parts: "list[Self]") -> Self:
+        """Enclosures of one shape along a new first dimension."""
+        return cls(
+            torch.stack([part.value for part in parts]),
+            torch.stack([part.radius for part in parts]),
+        )
+
+    @classmethod
+    def scattered(cls, shape: Sequence[int], parts: "Sequence[tuple[Index, Self]]") -> Self:
+        """Zeros of ``shape`` with each part put at its index."""
+        whole = cls.exact(torch.zeros(*shape))
+        for index, part in parts:
+            whole.value[index] = part.value
+            whole.radius[index] = part.radius
+        return whole
+
+    def __getitem__(self, index: object) -> Self:
+        return type(self)(self.value[index], self.radius[index])  # type: ignore[index]
+
+    def to(self, device: torch.device) -> Self:
+        """The same numbers on ``device``."""
+        return type(self)(self.value.to(device), self.radius.to(device))
 
     def magnitude(self) -> Tensor:
         """The largest absolute value inside."""
         return self.value.abs() + self.radius
 
+    def only(self, mask: Tensor) -> Self:
+        """Exact zeros where ``mask`` is false."""
+        return type(self)(torch.where(mask, self.value, 0.0), torch.where(mask, self.radius, 0.0))
 
-def rounded(x: Enclosure, target: Format | None) -> Enclosure:
+    # How several sources of error make one: what a Spread does otherwise.
+
+    @staticmethod
+    def join(*radii: Tensor) -> Tensor:
+        """Errors at worst all have one sign: their sum."""
+        return torch.stack(torch.broadcast_tensors(*radii)).sum(dim=0)
+
+    def join_along(self, dim: int) -> Tensor:
+        """The joined radius of the sum over ``dim``."""
+        return self.radius.sum(dim=dim)
+
+    def through(self, weight: Tensor) -> Tensor:
+        """The radius of this times weight^T, from this radius alone: e |W|^T."""
+        return self.radius @ weight.abs().T
+
+    def stored(self, value: Tensor, target: Format) -> Self:
+        """See :func:`rounded`."""
+        above = round_to(self.value + self.radius, target) - value
+        below = value - round_to(self.value - self.radius, target)
+        # inf - inf: both ends overflow alike, so the infinity itself is certain
+        certain = (value_.nan_to_num(0.0, torch.inf) for value_ in (above, below))
+        return type(self)(value, torch.maximum(*certain))
+
+
+E = TypeVar("E", bound=Enclosure)
+
+
+def rounded(x: E, target: Format | None) -> E:
     """Store ``x`` in ``target``: v' = rd(v), e' = max(rd(v + e) - v', v' - rd(v - e)).
 
     Rounding is monotone, so this is exact, and 0 unless the interval straddles a
     rounding boundary: roundings that every correct implementation commits cancel.
     """
-    if target is None:
-        return x
-    value = round_to(x.value, target)
-    above = round_to(x.value + x.radius, target) - value
-    below = value - round_to(x.value - x.radius, target)
-    # inf - inf: both ends overflow alike, so the infinity itself is certain
-    radius = torch.maximum(above.nan_to_num(0.0, torch.inf), below.nan_to_num(0.0, torch.inf))
-    return Enclosure(value, radius)
+    return x if target is None else x.stored(round_to(x.value, target), target)
 
 
-def matmul(x: Enclosure, weight: Tensor, accumulator: Format, grade: Grade) -> Enclosure:
-    """X [..., n] times weight^T, weight [m, n] fp64: e = e_x |W|^T + accumulation error.
+def matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
+    """Product of x [..., n] and weight^T, weight [m, n] fp64: e = e_x |W|^T + accumulation error.
 
     HARD  n u / (1 - n u) (|x| + e_x) |W|^T
     MED   lam sqrt(n) u (|x| + e_x) |W|^T
     SHARP lam sqrt(n) u (|v| + 2 sqrt(x^2 (W^2)^T)), the |v| for one-signed sums
+    tensor cores  ceil(n / block) block_unit (|v| + 2 sqrt(x^2 (W^2)^T)) in addition
+
+    A Spread (``spread.py``) takes SHARP with its own lam, one standard deviation.
     """
     terms = weight.shape[-1]
     unit = accumulator.unit
     value = x.value @ weight.T
-    propagated = x.radius @ weight.abs().T
+    propagated = x.through(weight)
     one_norm = x.magnitude() @ weight.abs().T
-    if grade is Grade.HARD:
-        error = terms * unit / (1 - terms * unit) * one_norm
-    elif grade is Grade.MED:
-        error = LAMBDA * terms**0.5 * unit * one_norm
-    else:
-        two_norm = (x.value.square() @ weight.square().T).sqrt()
-        sharp = LAMBDA * terms**0.5 * unit * (value.abs() + propagated + 2 * two_norm)
-        error = torch.minimum(sharp, terms * unit / (1 - terms * unit) * one_norm)
-    # products below the normal range lose up to one smallest normal number each
-    error = error + terms * accumulator.smallest_normal * (one_norm > 0)
+    size = value.abs() + propagated + 2 * (x.value.square() @ weight.square().T).sqrt()
+    error = terms * unit / (1 - terms * unit) * one_norm
+    if grade is not Grade.HARD:
+        likely = size if grade is Grade.SHARP else one_norm
+        error = torch.minimum(x.deviations * terms**0.5 * unit * likely, error)
+    if accumulator.block:
+        error = error + -(-terms // accumulator.block) * accumulator.block_unit * size
+    error = error + terms * accumulator.underflow * (one_norm > 0)
     exact = _sums_are_exact(x, weight, one_norm, accumulator)
-    return Enclosure(value, propagated + torch.where(exact, 0.0, error))
+    return type(x)(value, x.join(propagated, torch.where(exact, 0.0, error)))
 
 
 def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator: Format) -> Tensor:
     """Where no order of summation can round: all products share a grid, all sums fit.
 
     Products are multiples of 2**(bit(x) + bit(W)); any partial sum is at most the
-    1-norm, so it is representable while 1-norm / grid <= 2**precision.
+    1-norm, so it is representable while 1-norm / grid <= 2**precision, and no smaller
+    than the grid, which has to lie in the normal range.
     """
     grid_x = lowest_bit(x.value).amin(dim=-1, keepdim=True)
     grid_w = lowest_bit(weight).amin(dim=-1)
     grid = (grid_x + grid_w).clamp(-1000, 1000).double()
-    fits = one_norm.log2() - grid <= accumulator.precision
+    fits = (one_norm.log2() - grid <= accumulator.precision) & (grid >= accumulator.min_exponent)
     return (fits | (one_norm == 0)) & (x.radius.sum(dim=-1, keepdim=True) == 0)
 
 
-def product(a: Enclosure, b: Enclosure, unit: float) -> Enclosure:
+def product(a: E, b: E, accumulator: Format) -> E:
     """One rounded multiplication: |a| e_b + |b| e_a + e_a e_b + u |a b|."""
     value = a.value * b.value
-    spread = a.value.abs() * b.radius + b.value.abs() * a.radius + a.radius * b.radius
+    spread = a.join(a.value.abs() * b.radius, b.value.abs() * a.radius, a.radius * b.radius)
     # one factor exactly 1 or 0 multiplies without rounding
     trivial = ((a.radius == 0) & ((a.value == 1) | (a.value == 0))) | (
         (b.radius == 0) & ((b.value == 1) | (b.value == 0))
     )
-    return Enclosure(value, spread + torch.where(trivial, 0.0, unit * (value.abs() + spread)))
+    error = accumulator.unit * (value.abs() + spread) + accumulator.underflow
+    return type(a)(value, a.join(spread, torch.where(trivial, 0.0, error)))
 
 
-def total(terms: Enclosure, dim: int, unit: float) -> Enclosure:
+def total(terms: E, dim: int, accumulator: Format) -> E:
     """Sum over ``dim`` in any order: m = n - 1 additions cost m u / (1 - m u) sum |term|.
 
-    Adding an exact zero is exact, so only the n terms that can be nonzero count.
+    Adding an exact zero is exact, so only the n terms that can be nonzero count.  A sum
+    of numbers never underflows: it is a multiple of their lowest bit.
     """
     magnitude = terms.magnitude()
     additions = ((magnitude > 0).sum(dim=dim) - 1).clamp(min=0)
+    unit = accumulator.unit
     error = additions * unit / (1 - additions * unit) * magnitude.sum(dim=dim)
-    return Enclosure(terms.value.sum(dim=dim), terms.radius.sum(dim=dim) + error)
+    error = error + accumulator.underflow * (additions > 0) * accumulator.flushes
+    return type(terms)(terms.value.sum(dim=dim), terms.join(terms.join_along(dim), error))

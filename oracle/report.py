@@ -1,15 +1,18 @@
 """A check's outcome for people (a table) and for programs (JSON)."""
 
 import json
+import math
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from twinmoe.oracle.check import CellResult, Summary
+from twinmoe.oracle.contracts import own_contracts
 from twinmoe.oracle.strategies import Cell
 from twinmoe.reference.config import dtype_name
 
@@ -25,7 +28,7 @@ def cell_table(summary: Summary) -> Table:
         table.add_column(name, justify="right")
     table.add_column("flips, 16 bit", justify="right")
     table.add_column("slots seen", justify="right")
-    table.add_column("what ran")
+    table.add_column("what ran", overflow="fold")
 
     def row(result: CellResult) -> tuple[int, str, str]:
         cell = result.cell
@@ -71,6 +74,20 @@ def _ran(results: list[CellResult]) -> str:
     for (transport, experts), count in sorted(counts.items()):
         by_transport.setdefault(transport, []).append(f"{experts} x{count}")
     return "; ".join(f"{name}: {', '.join(parts)}" for name, parts in by_transport.items())
+
+
+def contract_table(dtype: torch.dtype) -> Table:
+    """Each path's contract as a column, each point of the data flow as a row."""
+    contracts = own_contracts(dtype)
+    table = Table(title=f"stored formats, {dtype_name(dtype)} model", title_justify="left")
+    table.add_column("point")
+    for contract in contracts:
+        table.add_column(contract.name)
+    for rows in zip(*(contract.rows() for contract in contracts), strict=True):
+        formats = [text for _, text in rows]
+        if any(text != "kept" for text in formats):
+            table.add_row(rows[0][0], *formats)
+    return table
 
 
 def throughput(summary: Summary) -> str:
@@ -145,7 +162,7 @@ def _cell_json(cell: Cell, result: CellResult) -> dict[str, Any]:
         "dtype": dtype_name(cell.dtype),
         "cases": result.cases,
         "passed": result.passed,
-        "worst_ratio": result.worst_ratio,
+        "worst_ratio": result.worst_ratio if math.isfinite(result.worst_ratio) else "inf",
         "elements": result.elements,
         "flips": result.flips,
         "slots": result.slots,

@@ -19,12 +19,23 @@ class Format:
 
     ``precision`` counts significand bits with the hidden one, ``min_exponent`` is
     the exponent of the smallest normal number, ``max_value`` the largest finite one.
+
+    As a format to *store* in: ``truncates`` casts toward zero, ``saturates`` clamps
+    instead of overflowing.  As an *accumulator*: ``flushes`` results below the normal
+    range to zero; ``block`` products at a time are aligned and truncated to
+    ``block_unit`` before they are added, as tensor cores do (P. Blanchard, N. J. Higham,
+    F. Lopez, T. Mary, S. Pranesh, SIAM J. Sci. Comput. 42, 2020); 0 means that they are not.
     """
 
     name: str
     precision: int
     min_exponent: int
     max_value: float
+    truncates: bool = False
+    saturates: bool = False
+    flushes: bool = False
+    block: int = 0
+    block_unit: float = 0.0
 
     @property
     def unit(self) -> float:
@@ -36,6 +47,12 @@ class Format:
         """Results below it may be flushed to zero by hardware that flushes."""
         return 2.0**self.min_exponent
 
+    @property
+    def underflow(self) -> float:
+        """The largest absolute error of one operation whose result is below the normal range."""
+        unit_there = 2.0 ** (self.min_exponent - self.precision)
+        return self.smallest_normal if self.flushes else unit_there
+
 
 def _format(name: str, dtype: torch.dtype, precision: int, min_exponent: int) -> Format:
     return Format(name, precision, min_exponent, torch.finfo(dtype).max)
@@ -45,6 +62,10 @@ FP64 = _format("fp64", torch.float64, 53, -1022)
 FP32 = _format("fp32", torch.float32, 24, -126)
 FP16 = _format("fp16", torch.float16, 11, -14)
 BF16 = _format("bf16", torch.bfloat16, 8, -126)
+#: 8-bit formats of the Open Compute Project (OCP 8-bit Floating Point Specification, 2023),
+#: saturating, as quantisers use them.
+E4M3 = Format("e4m3", 4, -6, 448.0, saturates=True)
+E5M2 = Format("e5m2", 3, -14, 57344.0, saturates=True)
 
 FORMATS: dict[torch.dtype, Format] = {
     torch.float64: FP64,
@@ -77,11 +98,17 @@ def round_to(value: Tensor, target: Format) -> Tensor:
     """Round fp64 ``value`` once to ``target``, to nearest with ties to even; still fp64.
 
     Beyond the largest finite number by half a unit or more gives infinity, as
-    IEEE 754 says; NaN and infinity pass through.
+    IEEE 754 says; NaN and infinity pass through.  A format that truncates or saturates
+    does so, and then never overflows.
     """
     if target is FP64:
         return value
+    if target.saturates:
+        value = value.clamp(-target.max_value, target.max_value)
     unit = ulp(value, target)
+    if target.truncates:
+        kept = (torch.trunc(value / unit) * unit).clamp(-target.max_value, target.max_value)
+        return torch.where(value.isfinite(), kept, value)
     rounded = torch.round(value / unit) * unit
     overflow = rounded.abs() > target.max_value
     rounded = torch.where(

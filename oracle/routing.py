@@ -10,7 +10,8 @@ the lowest expert id wins.
 Legend: T tokens, H hidden_size, E experts, G groups, K experts per token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class RoutingTruth:
     def of(
         cls,
         config: MoEConfig,
-        hidden_TH: Tensor,
+        hidden_TH: Enclosure,
         router_EH: Tensor,
         correction_bias_E: Tensor | None,
         contract: RoundingContract,
@@ -74,8 +75,7 @@ class RoutingTruth:
     ) -> "RoutingTruth":
         """Score every expert for every token; all inputs are the tensors as stored."""
         fmt = contract.router
-        hidden = Enclosure.exact(hidden_TH)
-        logits = matmul(hidden, router_EH.double(), fmt, grade)
+        logits = matmul(hidden_TH, router_EH.double(), fmt, grade)
         score = _score(config, logits, fmt)
         bias = torch.zeros(config.num_experts, dtype=torch.float64)
         if correction_bias_E is not None:
@@ -98,13 +98,13 @@ class RoutingTruth:
         p = Enclosure(self.score_TE.value.gather(1, taken), self.score_TE.radius.gather(1, taken))
         if self.config.norm_topk_prob:
             unit = self.fmt.unit
-            sums = total(p, -1, unit)
+            sums = total(p, -1, self.fmt)
             s, e_s = (sums.value + 1e-20)[:, None], sums.radius[:, None]
             value = p.value / s
             floor = (sums.value[:, None] - e_s).clamp(min=0) + 1e-20
             p = Enclosure(value, (p.radius + value * e_s) / floor + 3 * unit * value)
         factor = torch.full((1, 1), self.config.routed_scaling_factor, dtype=torch.float64)
-        scaled = product(p, Enclosure(factor, torch.zeros_like(factor)), self.fmt.unit)
+        scaled = product(p, Enclosure.exact(factor), self.fmt)
         padding = ids_TK < 0
         return Enclosure(
             scaled.value.masked_fill(padding, 0.0), scaled.radius.masked_fill(padding, 0.0)
@@ -133,6 +133,36 @@ class RoutingTruth:
         best_out = torch.where(chosen, -torch.inf, high).amax(dim=-1)
         near = (best_out >= worst_in) & ~self._exactly_tied_rows()
         return near if self.config.n_group == 1 else near | self._groups_ambiguous()
+
+    def candidates(self, token: int, limit: int) -> list[Tensor]:
+        """All admissible answers [K] for one token, best first; at most ``limit``.
+
+        For a subject that shows no ids.  Experts that belong to every or to no admissible
+        answer are fixed; the near-tied rest is enumerated.
+        """
+        low, high = (bound[token] for bound in self._interval())
+        k = self.config.num_experts_per_tok
+        exact = self.ids_TK[token]
+        order = high.argsort(descending=True, stable=True)
+        worst_in = low[exact].min()
+        near = [int(e) for e in order if high[e] >= worst_in]
+        found = [exact]
+        for chosen in combinations(near, k):
+            ids = torch.tensor(chosen)
+            if len(found) >= limit:
+                break
+            if set(chosen) != set(exact.tolist()) and self._one_admissible(token, ids):
+                found.append(ids)
+        return found
+
+    def _one_admissible(self, token: int, ids_K: Tensor) -> bool:
+        alone = replace(
+            self,
+            logits_TE=self.logits_TE[token : token + 1],
+            score_TE=self.score_TE[token : token + 1],
+            selection_TE=self.selection_TE[token : token + 1],
+        )
+        return bool(alone.admissible(ids_K[None]))
 
     def _interval(self) -> tuple[Tensor, Tensor]:
         value, radius = self.selection_TE.value, self.selection_TE.radius

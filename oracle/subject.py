@@ -33,17 +33,13 @@ _TIERS = {"nvls": Tier.NVLS, "p2p": Tier.P2P, "gloo": Tier.COLLECTIVE, "nccl": T
 class Subject(Protocol):
     """A layer on one rank, ready to answer.
 
-    ``observe`` runs one forward [T, H] -> [T, H] and shows what happened; ``contract`` is
-    what that forward promised.  ``required`` names the kernels or collectives that a true
-    account of the path must have counted.
+    ``contract`` is what it promises; ``observe`` runs one forward [T, H] -> [T, H] and
+    shows what happened.  ``required`` names the kernels or collectives that a true account
+    of the path must have counted.
     """
 
+    contract: RoundingContract
     required: frozenset[str]
-
-    @property
-    def contract(self) -> RoundingContract:
-        """Where the path of the last forward rounds."""
-        ...
 
     def observe(self, hidden_TH: Tensor) -> RankObservation:
         """Run one forward."""
@@ -102,20 +98,13 @@ class OptimizedSubject:
         self.layer = MoELayer(case.config, weights, context.group, options)
         self.layer.taps = {}
         self.runner = GraphRunner(self.layer, (_bucket(max(case.tokens)),))
-        self._wire = wire
-        in_graph = case.transport != "alltoall"
-        self.required = frozenset({"all_gather", "reduce_scatter"} if in_graph else ())
-
-    @property
-    def contract(self) -> RoundingContract:
-        """That of the path taken: a shape too narrow for multicast goes peer to peer."""
-        config, backend = self.case.config, self.layer.experts.backend_name
-        if self.case.transport == "alltoall":
-            return eager_contract(config, backend)
-        narrow = self.layer.transport.report().shape_refusals
-        by_peer = any(call.startswith("reduce_scatter") for call in narrow)
-        tier = Tier.P2P.value if by_peer else self.case.transport
-        return graphed_contract(config, backend, tier, self._wire)
+        backend = self.layer.experts.backend_name
+        if case.transport == "alltoall":
+            self.contract = eager_contract(case.config, backend)
+            self.required = frozenset[str]()
+        else:
+            self.contract = graphed_contract(case.config, backend, case.transport, wire)
+            self.required = frozenset({"all_gather", "reduce_scatter"})
 
     def observe(self, hidden_TH: Tensor) -> RankObservation:
         """Run one forward and show every intermediate tensor."""

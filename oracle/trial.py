@@ -14,7 +14,7 @@ from twinmoe.oracle import faults
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.inputs import hidden_for, weights_for
-from twinmoe.oracle.judge import judge
+from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.truth import Truth

@@ -4,74 +4,106 @@ The truth knows nothing of dispatch: it computes what every (token, slot) contri
 then follows the contract's sums and roundings to the output.  Ranks enter only where
 they round: each rank's share of a token is summed first, then the shares.
 
-Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks.
+Memory: one expert's two matrices in fp64, a few times, and [T, K, H] fp64 for the judged
+tokens T, twice.  Sampling tokens (:meth:`Truth.of_tokens`) bounds it at any size.
+
+Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks;
+S slots of one expert.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Generic, Protocol
 
 import torch
 from torch import Tensor
 
 from twinmoe.oracle.activation import activate, clamp
 from twinmoe.oracle.contract import RoundingContract, Wire
-from twinmoe.oracle.envelope import Enclosure, Grade, matmul, product, rounded, total
+from twinmoe.oracle.envelope import E, Enclosure, Grade, Index, matmul, product, rounded, total
+from twinmoe.oracle.quantise import quantised
 from twinmoe.oracle.rounding import Format
 from twinmoe.oracle.routing import RoutingTruth
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
-from twinmoe.reference.weights import MoEWeights
+
+
+class WeightSource(Protocol):
+    """What the truth needs of weights: :class:`MoEWeights`, or a source that makes them late."""
+
+    @property
+    def router_EH(self) -> Tensor: ...  # noqa: D102 - the layout of record, see MoEWeights
+    @property
+    def correction_bias_E(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def shared_w13_FH(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def shared_w2_HI(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def shared_gate_1H(self) -> Tensor | None: ...  # noqa: D102
+
+    def expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(w13 [F, H], w2 [H, I]) of one expert, by its global id."""
+        ...
 
 
 @dataclass(frozen=True)
-class Stages:
+class Stages(Generic[E]):
     """Enclosures along one path, for one choice of experts.
 
     ``terms_TKH`` weighted expert outputs, before any sum; ``partials_RTH`` each rank's
-    share as its experts finish it, before the wire; ``shared_TH`` what the shared expert
-    adds; ``sum_TH`` the final sum before the one rounding to the output's dtype.
+    share, as it is put on the wire; ``routed_TH`` the sum over ranks; ``shared_TH`` what
+    the shared expert adds; ``sum_TH`` the final sum before the one rounding to the
+    output's format.
     """
 
-    weights_TK: Enclosure
-    expert_output_TKH: Enclosure
-    terms_TKH: Enclosure
-    partials_RTH: Enclosure
-    shared_TH: Enclosure | None
-    sum_TH: Enclosure
+    weights_TK: E
+    expert_output_TKH: E
+    terms_TKH: E
+    partials_RTH: E
+    routed_TH: E
+    shared_TH: E | None
+    sum_TH: E
 
 
 class Truth:
     """What a layer of ``config`` and ``weights`` must answer to ``hidden_by_rank``.
 
     ``weights`` holds all experts; ``hidden_by_rank`` one [T_r, H] tensor per rank, T_r
-    possibly 0.  Values are taken as stored, whatever their dtype.
+    possibly 0.  Values are taken as stored, whatever their dtype.  Experts are computed
+    in fp64 on the device that holds their matrices, everything else on the CPU.
     """
 
     def __init__(
-        self, config: MoEConfig, weights: MoEWeights, hidden_by_rank: Sequence[Tensor]
+        self, config: MoEConfig, weights: WeightSource, hidden_by_rank: Sequence[Tensor]
     ) -> None:
         self.config = config
         self.weights = weights
         self.tokens_by_rank = [len(hidden) for hidden in hidden_by_rank]
-        self.hidden_TH = torch.cat(list(hidden_by_rank))
-        self.placement = Placement(config.num_experts, len(hidden_by_rank))
+        self.placement = Placement(config.num_experts, len(self.tokens_by_rank))
+        self.hidden_TH = torch.cat(list(hidden_by_rank)).cpu()
+        #: Each token's rank, and its row there.
+        self.rank_T = torch.arange(self.placement.ep_size).repeat_interleave(
+            torch.tensor(self.tokens_by_rank)
+        )
+        self.row_T = torch.cat([torch.arange(count) for count in self.tokens_by_rank])
 
-    def locate(self, token: int) -> tuple[int, int]:
-        """(rank, row on that rank) of a global token index."""
-        for rank, count in enumerate(self.tokens_by_rank):
-            if token < count:
-                return rank, token
-            token -= count
-        raise IndexError(f"token {token} beyond the batch")
+    def of_tokens(self, tokens: Tensor) -> "Truth":
+        """The same truth for some tokens only (indices [T']), with all their experts."""
+        chosen = copy(self)
+        chosen.hidden_TH = self.hidden_TH[tokens]
+        chosen.rank_T, chosen.row_T = self.rank_T[tokens], self.row_T[tokens]
+        return chosen
 
     def routing(self, contract: RoundingContract, grade: Grade = Grade.SHARP) -> RoutingTruth:
         """Scores, exact selection and admissible answers."""
         weights = self.weights
         return RoutingTruth.of(
             self.config,
-            self.hidden_TH,
-            weights.router_EH,
-            weights.correction_bias_E,
+            Enclosure.exact(self.hidden_TH),
+            weights.router_EH.cpu(),
+            None if weights.correction_bias_E is None else weights.correction_bias_E.cpu(),
             contract,
             grade,
         )
@@ -79,107 +111,99 @@ class Truth:
     def stages(
         self,
         contract: RoundingContract,
-        routing: RoutingTruth,
         ids_TK: Tensor,
+        weights_TK: E,
         grade: Grade = Grade.SHARP,
-    ) -> Stages:
-        """Carry the truth for the experts ``ids_TK`` through ``contract``."""
-        weights_TK = routing.weights(ids_TK)
-        y_TKH = self._expert_outputs(contract, ids_TK, weights_TK, grade)
-        terms_TKH = self._terms(contract, weights_TK, y_TKH)
+        expert_output_TKH: E | None = None,
+    ) -> Stages[E]:
+        """Carry the truth for experts ``ids_TK``, weighted ``weights_TK``, through ``contract``.
+
+        ``expert_output_TKH`` saves computing the experts again where it does not depend
+        on the weights.
+        """
+        y_TKH = expert_output_TKH
+        if y_TKH is None or self.config.router_weight_on_input:
+            y_TKH = self._expert_outputs(contract, ids_TK, weights_TK, grade)
+        terms_TKH = y_TKH
+        if not self.config.router_weight_on_input:
+            terms_TKH = product(weights_TK[..., None], y_TKH, contract.accumulator)
         partials_RTH = self._partials(contract, ids_TK, terms_TKH)
         routed_TH = across_ranks(contract, partials_RTH)
-        shared_TH = self._shared(contract, grade)
+        shared_TH = self._shared(contract, type(weights_TK), grade)
         sum_TH = routed_TH
         if shared_TH is not None:
-            both = Enclosure(
-                torch.stack([routed_TH.value, shared_TH.value]),
-                torch.stack([routed_TH.radius, shared_TH.radius]),
-            )
-            sum_TH = total(both, 0, contract.accumulator.unit)
-        return Stages(weights_TK, y_TKH, terms_TKH, partials_RTH, shared_TH, sum_TH)
+            sum_TH = with_shared(contract, routed_TH, shared_TH)
+        return Stages(weights_TK, y_TKH, terms_TKH, partials_RTH, routed_TH, shared_TH, sum_TH)
 
     def _expert_outputs(
-        self, contract: RoundingContract, ids_TK: Tensor, weights_TK: Enclosure, grade: Grade
-    ) -> Enclosure:
-        value = torch.zeros(*ids_TK.shape, self.config.hidden_size, dtype=torch.float64)
-        radius = torch.zeros_like(value)
+        self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E, grade: Grade
+    ) -> E:
+        parts: list[tuple[Index, E]] = []
         for expert in ids_TK.unique().tolist():
+            if expert < 0:
+                continue
             token, slot = (ids_TK == expert).nonzero(as_tuple=True)
-            x_SH = Enclosure.exact(self.hidden_TH[token])
+            x_SH = type(weights_TK).exact(self.hidden_TH[token])
             if self.config.router_weight_on_input:
-                weight = weights_TK[token, slot]
-                weight = Enclosure(weight.value[:, None], weight.radius[:, None])
-                x_SH = product(x_SH, weight, contract.accumulator.unit)
+                x_SH = product(x_SH, weights_TK[token, slot][:, None], contract.accumulator)
                 x_SH = rounded(x_SH, contract.weighted_input)
+            w13_FH, w2_HI = self.weights.expert(expert)
             y_SH = _mlp(
                 self.config,
                 contract,
-                x_SH,
-                (self.weights.w13_LFH[expert].double(), self.weights.w2_LHI[expert].double()),
+                x_SH.to(w13_FH.device),
+                (w13_FH.double(), w2_HI.double()),
                 (contract.gate_up, contract.expert_output),
                 grade,
             )
-            value[token, slot], radius[token, slot] = y_SH.value, y_SH.radius
-        return Enclosure(value, radius)
+            parts.append(((token, slot), y_SH.to(torch.device("cpu"))))
+        return type(weights_TK).scattered((*ids_TK.shape, self.config.hidden_size), parts)
 
-    def _terms(
-        self, contract: RoundingContract, weights_TK: Enclosure, y_TKH: Enclosure
-    ) -> Enclosure:
-        if self.config.router_weight_on_input:
-            return y_TKH
-        weight = Enclosure(weights_TK.value[..., None], weights_TK.radius[..., None])
-        return product(weight, y_TKH, contract.accumulator.unit)
-
-    def _partials(
-        self, contract: RoundingContract, ids_TK: Tensor, terms_TKH: Enclosure
-    ) -> Enclosure:
+    def _partials(self, contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
         """One share per rank of the experts it owns; one share in all without a wire."""
-        unit = contract.accumulator.unit
         if contract.wire is Wire.NONE:
-            shares = [total(terms_TKH, 1, unit)]
+            shares = [total(terms_TKH, 1, contract.accumulator)]
         else:
             owner_TK1 = self.placement.owner(ids_TK)[..., None]
-            shares = []
-            for rank in range(self.placement.ep_size):
-                mine = Enclosure(
-                    torch.where(owner_TK1 == rank, terms_TKH.value, 0.0),
-                    torch.where(owner_TK1 == rank, terms_TKH.radius, 0.0),
+            shares = [
+                rounded(
+                    total(terms_TKH.only(owner_TK1 == rank), 1, contract.accumulator),
+                    contract.partial,
                 )
-                shares.append(rounded(total(mine, 1, unit), contract.partial))
-        return Enclosure(
-            torch.stack([share.value for share in shares]),
-            torch.stack([share.radius for share in shares]),
-        )
+                for rank in range(self.placement.ep_size)
+            ]
+        return type(terms_TKH).stack(shares)
 
-    def _shared(self, contract: RoundingContract, grade: Grade) -> Enclosure | None:
+    def _shared(self, contract: RoundingContract, carry: type[E], grade: Grade) -> E | None:
         weights, config = self.weights, self.config
         if weights.shared_w13_FH is None or weights.shared_w2_HI is None:
             return None
-        x_TH = Enclosure.exact(self.hidden_TH)
+        x_TH = carry.exact(self.hidden_TH)
         matrices = (weights.shared_w13_FH.double(), weights.shared_w2_HI.double())
         stored = (contract.shared_gate_up, contract.shared_output)
-        y_TH = _mlp(config, contract, x_TH, matrices, stored, grade)
+        y_TH = _mlp(config, contract, x_TH.to(matrices[0].device), matrices, stored, grade)
+        y_TH = y_TH.to(torch.device("cpu"))
         if weights.shared_gate_1H is None:
             return y_TH
-        unit = contract.accumulator.unit
-        logit = matmul(x_TH, weights.shared_gate_1H.double(), contract.accumulator, grade)
+        accumulator = contract.accumulator
+        logit = matmul(x_TH, weights.shared_gate_1H.double().cpu(), accumulator, grade)
         gate = torch.sigmoid(logit.value)
         spread = gate * torch.sigmoid(-logit.value) * torch.expm1(logit.radius)
-        underflow = contract.accumulator.smallest_normal
-        return product(Enclosure(gate, spread + 4 * unit * gate + underflow), y_TH, unit)
+        spread = spread + 4 * accumulator.unit * gate + accumulator.smallest_normal
+        return product(carry(gate, spread), y_TH, accumulator)
 
 
 def _mlp(
     config: MoEConfig,
     contract: RoundingContract,
-    x: Enclosure,
+    x: E,
     matrices: tuple[Tensor, Tensor],
     stored: tuple[Format | None, Format | None],
     grade: Grade,
-) -> Enclosure:
+) -> E:
     """One expert: w13 and w2 with their results ``stored`` so, the activation between."""
     (w13_FH, w2_HI), (gate_up_format, output_format) = matrices, stored
+    x = quantised(x, contract.quantise_input)
     gate_up = rounded(matmul(x, w13_FH, contract.accumulator, grade), gate_up_format)
     if config.gated:
         half = w13_FH.shape[0] // 2
@@ -188,20 +212,25 @@ def _mlp(
             gate = clamp(gate, -torch.inf, config.swiglu_limit)
             up = clamp(up, -config.swiglu_limit, config.swiglu_limit)
         h = activate(config.hidden_act, gate, contract.accumulator)
-        h = product(h, up, contract.accumulator.unit)
+        h = product(h, up, contract.accumulator)
     else:
         h = activate(config.hidden_act, gate_up, contract.accumulator)
-    h = rounded(h, contract.activation)
+    h = quantised(rounded(h, contract.activation), contract.quantise_activation)
     return rounded(matmul(h, w2_HI, contract.accumulator, grade), output_format)
 
 
-def across_ranks(contract: RoundingContract, partials_RTH: Enclosure) -> Enclosure:
+def across_ranks(contract: RoundingContract, partials_RTH: E) -> E:
     """The wire rule: what summing the ranks' shares may add, and how the sum is stored.
 
     RANK_ORDER and ANY_ORDER accumulate in fp32: (R - 1) u32 sum |p_r|.  PER_HOP rounds
     to the payload's format at every hop: (R - 1) u_payload sum |p_r|.
     """
-    unit = contract.accumulator.unit
+    accumulator = contract.accumulator
     if contract.wire is Wire.PER_HOP and contract.partial is not None:
-        unit = contract.partial.unit
-    return rounded(total(partials_RTH, 0, unit), contract.reduced)
+        accumulator = contract.partial
+    return rounded(total(partials_RTH, 0, accumulator), contract.reduced)
+
+
+def with_shared(contract: RoundingContract, routed_TH: E, shared_TH: E) -> E:
+    """The routed sum plus the shared expert, in the accumulator."""
+    return total(type(routed_TH).stack([routed_TH, shared_TH]), 0, contract.accumulator)

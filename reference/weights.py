@@ -118,6 +118,19 @@ class MoEWeights:
         cut = {"w13_LFH": self.w13_LFH[rows], "w2_LHI": self.w2_LHI[rows]}
         return self._of(self.tensors() | cut, owned)
 
+    def expert(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (w13 [F, H], w2 [H, I]) of one expert, by its global id.
+
+        Raises ConfigError when these weights do not hold it.
+        """
+        if expert not in self.experts:
+            raise ConfigError(
+                f"expert ({expert}) is not among the {self.experts} held here: a shard knows only "
+                "its own; use the weights of all experts"
+            )
+        row = self.experts.index(expert)
+        return self.w13_LFH[row], self.w2_LHI[row]
+
     def copy_(self, other: Self) -> None:
         """Overwrite these tensors with ``other``'s values, in the same storage."""
         mine, theirs = self.tensors(), other.tensors()

@@ -17,8 +17,9 @@ Two equal collectives in a row have no such witness:
   the one inside the kernel comes too late for that.
 
 The regions belong to the pool, and so does this record: layers that share a pool share it.
-It follows the order of launches.  A captured graph should therefore hold all-gather and
-reduce-scatter in turns, the gather first, as a layer does: replays then keep the order too.
+It follows the order of launches on one stream.  A captured graph should therefore hold
+all-gather and reduce-scatter in turns, the gather first, as a layer does: replays then keep
+the order too.
 """
 
 from enum import Enum

@@ -49,10 +49,9 @@ def acquire_pool(
     new needs; if a captured graph holds its addresses, `SymmetricBufferOverflow` is raised on all
     ranks instead.
     """
-    pools = _pools.setdefault(group or _SINGLE_RANK, {})
+    pools = _pools.setdefault(_SINGLE_RANK if group is None else group, {})
     pool = pools.get(request.name)
-    wanted = _widened(request, pool)
-    grow = _must_grow(wanted, pool, group)
+    wanted, grow = _agree_on_size(request, pool, group)
     refusals = vote(_refused_locally(wanted, group, device, inject, allocate=grow), group)
     memory = None
     if grow and not refusals:
@@ -77,27 +76,29 @@ def release_pools(group: dist.ProcessGroup | None) -> None:
     Not a collective, so that a failed run can release too.  Call it when no rank has a collective
     in flight; captured graphs that used the pools must not be replayed.
     """
-    for pool in _pools.pop(group or _SINGLE_RANK, {}).values():
+    for pool in _pools.pop(_SINGLE_RANK if group is None else group, {}).values():
         pool.close()
 
 
-def _widened(request: PoolRequest, pool: SymmetricPool | None) -> PoolRequest:
-    if pool is None:
-        return request
-    return PoolRequest(
-        request.name,
-        request.capacity.union(pool.capacity),
-        max(request.num_ctas, pool.num_ctas),
-    )
+def _agree_on_size(
+    request: PoolRequest, pool: SymmetricPool | None, group: dist.ProcessGroup | None
+) -> tuple[PoolRequest, bool]:
+    """Widen ``request`` to what any rank's pool already serves; say whether memory must be made.
 
-
-def _must_grow(
-    wanted: PoolRequest, pool: SymmetricPool | None, group: dist.ProcessGroup | None
-) -> bool:
-    """Ask all ranks whether any needs new memory; raise on all if a graph forbids it."""
-    own = pool is None or (pool.capacity, pool.num_ctas) != (wanted.capacity, wanted.num_ctas)
-    answers = exchange((own, pool is not None and pool.captured), group)
-    grow = any(needs for needs, _ in answers)
+    Offsets follow from the size, so all ranks need the same one, even if one of them has
+    released its pool.  Raises on all ranks if a graph forbids the move.
+    """
+    served = PoolRequest(request.name, pool.capacity, pool.num_ctas) if pool else None
+    answers = exchange((served, pool is not None and pool.captured), group)
+    wanted = request
+    for other, _ in answers:
+        if other is not None:
+            wanted = PoolRequest(
+                request.name,
+                wanted.capacity.union(other.capacity),
+                max(wanted.num_ctas, other.num_ctas),
+            )
+    grow = any(other != wanted for other, _ in answers)
     if grow and any(captured for _, captured in answers):
         available = pool.capacity.total_bytes if pool else 0
         raise SymmetricBufferOverflow(
@@ -105,7 +106,7 @@ def _must_grow(
             "and may not grow: captured graphs hold its addresses; select the transports of all "
             "layers before capturing, or release_pools() and capture again"
         )
-    return grow
+    return wanted, grow
 
 
 def _refused_locally(

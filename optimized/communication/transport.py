@@ -70,7 +70,7 @@ def select_transport(
             "select_transport() while a graph is captured: it allocates and waits for peers, which "
             "a replay would not repeat; select the transport before the capture"
         )
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # "cuda" becomes the current "cuda:0"
     request = _Request(tier, kill_switch, PoolRequest(pool, capacity, num_ctas))
     _agree(request, inject, group)
     symmetric_pool, refusals = _try_tiers(request, inject, group, device)

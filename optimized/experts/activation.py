@@ -58,10 +58,10 @@ def expert_activation(
     i_I = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
     mask = (row_S < num_rows) & (i_I < I)
     F: tl.constexpr = 2 * I if GATED else I
-    gate = to_fp32(tl.load(gate_up_ptr + row_S * F + i_I, mask=mask, other=0.0))
+    gate = to_fp32(tl.load(gate_up_ptr + row_S * F + i_I, mask=mask, other=0))
     up = gate
     if GATED:
-        up = to_fp32(tl.load(gate_up_ptr + row_S * F + I + i_I, mask=mask, other=0.0))
+        up = to_fp32(tl.load(gate_up_ptr + row_S * F + I + i_I, mask=mask, other=0))
     h = gate_times_up(gate, up, ACT, GATED, LIMIT)
     tl.store(h_ptr + row_S * I + i_I, round_to(h, h_ptr.dtype.element_ty), mask=mask)
 

@@ -52,16 +52,16 @@ def expert_gate_up(
     for start in range(0, H, BLOCK_K):
         d_D = start + tl.arange(0, BLOCK_K)
         x_mask = filled_M[:, None] & (d_D < H)[None, :]
-        x_MD = tl.load(x_row_M[:, None] + d_D[None, :], mask=x_mask, other=0.0)
+        x_MD = tl.load(x_row_M[:, None] + d_D[None, :], mask=x_mask, other=0)
         if weights_ptr is not None:
             x_MD = round_to(weight_M1 * to_fp32(x_MD), x_ptr.dtype.element_ty)
         x_MD = dot_operand(x_MD)
         w_mask = (d_D < H)[:, None] & exists_N[None, :]
         w_at = w_row_N[None, :] + d_D[:, None]
-        gate_DN = dot_operand(tl.load(w_at, mask=w_mask, other=0.0))
+        gate_DN = dot_operand(tl.load(w_at, mask=w_mask, other=0))
         gate_MN = tl.dot(x_MD, gate_DN, gate_MN, input_precision="ieee")
         if GATED:
-            up_DN = dot_operand(tl.load(w_at + I * H, mask=w_mask, other=0.0))
+            up_DN = dot_operand(tl.load(w_at + I * H, mask=w_mask, other=0))
             up_MN = tl.dot(x_MD, up_DN, up_MN, input_precision="ieee")
     h_MN = gate_times_up(gate_MN, up_MN, ACT, GATED, LIMIT)
     h_at = h_ptr + position_M.to(tl.int64)[:, None] * I + column_N[None, :]
@@ -98,9 +98,9 @@ def expert_down(
     for start in range(0, I, BLOCK_K):
         d_D = start + tl.arange(0, BLOCK_K)
         h_mask = filled_M[:, None] & (d_D < I)[None, :]
-        h_MD = tl.load(h_row_M[:, None] + d_D[None, :], mask=h_mask, other=0.0)
+        h_MD = tl.load(h_row_M[:, None] + d_D[None, :], mask=h_mask, other=0)
         w_mask = (d_D < I)[:, None] & exists_N[None, :]
-        w_DN = tl.load(w_row_N[None, :] + d_D[:, None], mask=w_mask, other=0.0)
+        w_DN = tl.load(w_row_N[None, :] + d_D[:, None], mask=w_mask, other=0)
         y_MN = tl.dot(dot_operand(h_MD), dot_operand(w_DN), y_MN, input_precision="ieee")
     y_at = y_ptr + position_M.to(tl.int64)[:, None] * H + column_N[None, :]
     tl.store(y_at, y_MN, mask=filled_M[:, None] & exists_N[None, :])

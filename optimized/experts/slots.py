@@ -78,11 +78,8 @@ def plan_slots(ids_MK: Tensor, first_expert: int, num_local_experts: int) -> Slo
 def rows_per_tile(num_slots: int, num_local_experts: int) -> int:
     """Fit a tile to the slots that an expert gets on average; never to the routing itself.
 
-    The interpreter pays by the tile, hence its large ones; a GPU also pays for rows of
-    a tile that no slot fills.
+    Rows of a tile that no slot fills are computed for nothing, on every machine.
     """
-    if INTERPRETED:
-        return int(min(max(triton.next_power_of_2(num_slots), 16), 128))
     slots_per_expert = triton.cdiv(num_slots, num_local_experts)
     return int(min(max(triton.next_power_of_2(slots_per_expert), 16), 64))
 

@@ -1,5 +1,5 @@
 """Planted faults: small patches at declared seams, to prove that the judge sees them."""
 
-from twinmoe.oracle.faults.registry import FAULTS, Fault, planted
+from twinmoe.oracle.faults.registry import FAULTS, Fault, planted, require_fault
 
-__all__ = ["FAULTS", "Fault", "planted"]
+__all__ = ["FAULTS", "Fault", "planted", "require_fault"]

@@ -121,8 +121,8 @@ def skipped_collective(context: RankContext) -> Iterator[None]:
     def wrap(combine: Function) -> Function:
         def skipped(self: Any, x: Tensor, *args: Any) -> Tensor:
             if context.rank == context.world_size - 1:
-                raise_nothing_and_return: Tensor = x.float()[: len(x) // context.world_size]
-                return raise_nothing_and_return
+                unreduced: Tensor = x.float()[: len(x) // context.world_size]
+                return unreduced
             result: Tensor = combine(self, x, *args)
             return result
 
@@ -139,8 +139,8 @@ def _skip_alltoall(context: RankContext) -> Callable[[Function], Function]:
     def wrap(combine: Function) -> Function:
         def skipped(self: Any, y_SH: Tensor, metadata: Any) -> Tensor:
             if context.rank == context.world_size - 1:
-                ids_TK = metadata.ids_TK
-                return y_SH.new_zeros(*ids_TK.shape, y_SH.shape[-1])
+                pairs = metadata.num_tokens, metadata.experts_per_token
+                return y_SH.new_zeros(*pairs, y_SH.shape[-1])
             result: Tensor = combine(self, y_SH, metadata)
             return result
 

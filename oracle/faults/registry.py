@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import basic
 from twinmoe.oracle.worker import RankContext
+from twinmoe.reference.config import ConfigError
 
 Plant = Callable[[RankContext], AbstractContextManager[None]]
 
@@ -85,6 +86,14 @@ FAULTS: dict[str, Fault] = {
         ),
     )
 }
+
+
+def require_fault(name: str) -> None:
+    """Raise ConfigError unless ``name`` is empty or that of a fault."""
+    if name and name not in FAULTS:
+        raise ConfigError(
+            f"fault ({name!r}) is not in the registry: use one of {', '.join(FAULTS)}"
+        )
 
 
 @contextmanager

@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
+
 from tests.optimized.communication.workers import choose, message_of
 from tests.spmd import run_spmd
-
 from twinmoe.optimized import launch
 from twinmoe.optimized.communication import Tier
 from twinmoe.optimized.communication.order import Collective, CollectiveOrder

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from tests.optimized.communication.workers import choose, message_of, partials, token_inputs
 from tests.spmd import run_spmd
-
 from twinmoe.optimized import launch
 from twinmoe.optimized.communication import Capacity, Tier, pool_setup, release_pools
 from twinmoe.optimized.communication.cpu_symmetric_memory import CpuSymmetricAllocation
@@ -72,7 +72,7 @@ def _two_layers(rank, group):
     stale = small.partial_buffer(2, 8, torch.float32)
     large = choose(group, Tier.P2P, capacity=Capacity(256, 4096))
     sums = []
-    for transport, width in ((small, 8), (large, 256), (small, 8)):
+    for transport, width in ((small, 8), (large, 64), (small, 8)):
         (rows,) = transport.all_gather([torch.full((1, width), rank + 1.0)])
         buffer = transport.partial_buffer(2, width, torch.float32)
         sums.append(transport.reduce_scatter(buffer.copy_(rows))[0, 0].item())
@@ -86,7 +86,7 @@ def _two_layers(rank, group):
 
 
 def test_layers_of_different_shapes_share_one_pool_that_grows(tmp_path):
-    """The pool serves both needs, both layers work, and views from before the growth are refused."""
+    """It serves both needs, both layers work, and views from before the growth are refused."""
     for rank, (sums, grown, reused, stale) in enumerate(run_spmd(_two_layers, 2, tmp_path)):
         assert sums == [2.0 * (rank + 1)] * 3
         assert grown
@@ -129,6 +129,20 @@ def test_a_pool_does_not_move_under_a_captured_graph(tmp_path):
         assert after.startswith("SymmetricBufferOverflow")
         assert "captured graphs hold its addresses" in after
         assert same == renewed == ""
+
+
+def _release_on_one_rank(rank, group):
+    choose(group, Tier.P2P, capacity=Capacity(4096, 256))
+    if rank == 1:
+        release_pools(group)
+    transport = choose(group, Tier.P2P, capacity=Capacity(64, 64))
+    buffer = transport.partial_buffer(2, 8, torch.float32)
+    return transport.reduce_scatter(buffer.fill_(rank + 1.0))[0, 0].item()
+
+
+def test_ranks_agree_on_offsets_though_one_released_its_pool(tmp_path):
+    """Regions lie where the size says, so a rank that starts afresh takes its peers' size."""
+    assert run_spmd(_release_on_one_rank, 2, tmp_path, timeout=20) == [3.0, 3.0]
 
 
 def test_a_released_pool_is_not_used_again():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.optimized.communication.workers import choose, message_of, reduce_all
-from tests.spmd import run_spmd
 
+from tests.optimized.communication.workers import choose, gather_all, message_of, reduce_all
+from tests.spmd import run_spmd
 from twinmoe.optimized.communication import Tier
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -51,9 +51,14 @@ def test_sums_obey_the_tier_s_rule(world_size, tmp_path):
             _assert_within_rule(tier, dtype, result, terms)
 
 
-def test_eight_ranks_reduce(tmp_path):
+def _gather_and_reduce(rank, group):
+    return gather_all(rank, group, [(3, 2, 33)]), reduce_all(rank, group, [(2, 24, BF16)])
+
+
+def test_eight_ranks_gather_and_reduce(tmp_path):
     """More ranks than cores, on every tier."""
-    for results in run_spmd(reduce_all, 8, tmp_path, [(2, 24, BF16)]):
+    for wrong, results in run_spmd(_gather_and_reduce, 8, tmp_path):
+        assert wrong == []
         for tier, dtype, result, terms in results:
             _assert_within_rule(tier, dtype, result, terms)
 
@@ -65,19 +70,21 @@ def test_several_ctas_share_the_work(tmp_path):
             _assert_within_rule(tier, dtype, result, terms)
 
 
-def _cancelling(rank, group, tier):
-    transport = choose(group, tier)
-    buffer = transport.partial_buffer(group.size(), 4, FP32)
-    buffer.copy_(torch.tensor([1.0, 2.0**24, -(2.0**24)])[rank].expand_as(buffer))
-    return transport.reduce_scatter(buffer)
+def _cancelling(rank, group):
+    sums = []
+    for tier in (Tier.P2P, Tier.NVLS):
+        transport = choose(group, tier)
+        buffer = transport.partial_buffer(group.size(), 4, FP32)
+        buffer.copy_(torch.tensor([1.0, 2.0**24, -(2.0**24)])[rank].expand_as(buffer))
+        sums.append(transport.reduce_scatter(buffer)[0, 0].item())
+    return sums
 
 
 def test_the_emulated_switch_promises_no_order(tmp_path):
     """Ranks start their sums at themselves, so a sum that depends on the order shows it."""
-    ordered = run_spmd(_cancelling, 3, tmp_path, Tier.P2P)
-    assert all(torch.equal(result, torch.zeros(1, 4)) for result in ordered)
-    rotated = run_spmd(_cancelling, 3, tmp_path, Tier.NVLS)
-    assert {result[0, 0].item() for result in rotated} == {0.0, 1.0}
+    ordered, rotated = zip(*run_spmd(_cancelling, 3, tmp_path), strict=True)
+    assert ordered == (0.0, 0.0, 0.0)
+    assert rotated == (0.0, 1.0, 1.0)
 
 
 def _special_values(rank, group):

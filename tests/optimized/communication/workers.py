@@ -5,8 +5,14 @@ Legend: N rows per rank, R ranks, K experts per token, H hidden size.
 
 import torch
 
-from twinmoe.optimized.communication import all_gather, reduce_scatter
-from twinmoe.optimized.communication import Capacity, Tier, Transport, select_transport
+from twinmoe.optimized.communication import (
+    Capacity,
+    Tier,
+    Transport,
+    all_gather,
+    reduce_scatter,
+    select_transport,
+)
 
 CPU = torch.device("cpu")
 ROOMY = Capacity(1 << 18, 1 << 18)

@@ -31,7 +31,12 @@ TYPES = {
 OPTIONS = ("num_warps", "num_stages")
 INSTRUCTIONS = re.compile(r"wgmma\.mma_async|mma\.sync|cp\.async\.cg")
 
-MIXTRAL = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 512}
+MIXTRAL = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_size": 512,
+    "swiglu_limit": 7.0,
+}
 DEEPSEEK = {
     "num_experts": 160,
     "num_experts_per_tok": 6,
@@ -41,15 +46,20 @@ DEEPSEEK = {
     "scoring_func": "sigmoid",
     "use_correction_bias": True,
 }
+ODD = {
+    "num_experts": 3,
+    "num_experts_per_tok": 3,
+    "hidden_size": 77,
+    "hidden_act": "relu2",
+    "gated": False,
+}
 #: Label: settings, and rows: 8 decode, 600 fill tiles of 64 rows.
 LAYERS: dict[str, tuple[dict[str, Any], int]] = {
     "decode": (MIXTRAL, 8),
     "prefill": (MIXTRAL, 600),
     "grouped": (DEEPSEEK, 8),
-    "odd": ({"num_experts": 3, "num_experts_per_tok": 3, "hidden_size": 77}, 5),
-    "weight_on_input": (MIXTRAL | {"router_weight_on_input": True}, 8),
-    "relu2": (MIXTRAL | {"hidden_act": "relu2", "gated": False}, 8),
-    "gelu": (MIXTRAL | {"hidden_act": "gelu", "swiglu_limit": 7.0}, 8),
+    "odd": (ODD, 5),
+    "on_input": (MIXTRAL | {"router_weight_on_input": True, "hidden_act": "gelu"}, 8),
     "fp32": (MIXTRAL | {"dtype": torch.float32, "scoring_func": "sqrtsoftplus"}, 8),
 }
 

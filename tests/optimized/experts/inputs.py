@@ -53,13 +53,16 @@ def integer_weights(config: MoEConfig, seed: int) -> MoEWeights:
 
 
 def integer_call(config: MoEConfig, num_rows: int, seed: int) -> Call:
-    """Draw tokens from {-1, 0, 1}, distinct ids per row, weights that are powers of two."""
+    """Draw tokens from {-1, 0, 1}, distinct ids per row, and weights in (1/2, 1).
+
+    The weights need nine bits, one more than bf16 has, so that rounding them shows.
+    """
     generator = torch.Generator().manual_seed(seed)
     x_MH = torch.randint(-1, 2, (num_rows, config.hidden_size), generator=generator)
     order_ME = torch.rand(num_rows, config.num_experts, generator=generator).argsort(dim=1)
     ids_MK = order_ME[:, : config.num_experts_per_tok].to(torch.int32).contiguous()
-    exponents_MK = torch.randint(-2, 2, ids_MK.shape, generator=generator)
-    return Call(x_MH.to(config.dtype), ids_MK, torch.exp2(exponents_MK.float()))
+    odd_MK = 2 * torch.randint(128, 256, ids_MK.shape, generator=generator) + 1
+    return Call(x_MH.to(config.dtype), ids_MK, odd_MK / 512)
 
 
 def poison_rows(call: Call, rows: list[int]) -> Call:

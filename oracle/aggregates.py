@@ -1,0 +1,87 @@
+"""What no single element shows: too many flipped roundings, and flips of one sign.
+
+Elements of one token share their upstream errors, so only tokens count as independent
+draws.  Both tests bound the mean of independent, bounded, per-token statistics by
+W. Hoeffding, J. Amer. Statist. Assoc. 58 (1963), theorem 1 (Chernoff's form for [0, 1])
+and theorem 2, and alarm when chance explains what was seen with probability below ALPHA.
+A binomial test over elements would claim more evidence than there is.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Probability of a false alarm of one test.
+ALPHA = 1e-6
+
+#: Formats this narrow flip rarely under correct arithmetic; wider ones flip by nature.
+NARROW_PRECISION = 11
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Per token: share of flipped elements, its expected bound, and the flips' mean sign.
+
+    ``rate_T`` and ``expected_T`` in [0, 1]; ``sign_T`` in [-1, 1], the mean over a
+    token's flipped elements of sign((seen - rounded) * rounded): +1 is away from zero.
+    """
+
+    rate_T: Tensor
+    expected_T: Tensor
+    sign_T: Tensor
+
+    def subset(self, mask_T: Tensor) -> "Flips":
+        """The tokens of a rank, or of an expert."""
+        return Flips(self.rate_T[mask_T], self.expected_T[mask_T], self.sign_T[mask_T])
+
+    def __len__(self) -> int:
+        return len(self.rate_T)
+
+
+def flips_of(seen_TH: Tensor, rounded_TH: Tensor, chance_TH: Tensor) -> Flips:
+    """Compare outputs with the rounded truth; ``chance_TH`` bounds each flip's probability."""
+    flipped = (seen_TH != rounded_TH) & ~rounded_TH.isnan()
+    direction = torch.sign((seen_TH - rounded_TH) * torch.sign(rounded_TH)).nan_to_num()
+    count = flipped.sum(dim=1)
+    sign_T = (direction * flipped).sum(dim=1) / count.clamp(min=1)
+    return Flips(flipped.double().mean(dim=1), chance_TH.mean(dim=1), sign_T)
+
+
+def too_many(flips: Flips) -> bool:
+    """P(mean rate >= r) <= exp(-n KL(r || m)) for n tokens of mean expectation m."""
+    n = len(flips)
+    if n == 0:
+        return False
+    rate, expected = float(flips.rate_T.mean()), float(flips.expected_T.mean())
+    if rate <= expected or expected >= 1:
+        return False
+    return -n * _divergence(rate, expected) < math.log(ALPHA)
+
+
+def one_sided(flips: Flips) -> bool:
+    """P(|mean sign| >= t) <= 2 exp(-n t^2 / 2) for n tokens with flips of no preferred sign."""
+    signs = flips.sign_T[flips.rate_T > 0]
+    n = len(signs)
+    return n > 0 and float(signs.mean()) ** 2 > 2 * math.log(2 / ALPHA) / n
+
+
+def _divergence(rate: float, expected: float) -> float:
+    """Kullback-Leibler divergence of Bernoulli(rate) from Bernoulli(expected), in nats."""
+    if expected == 0:
+        return math.inf
+    divergence = rate * math.log(rate / expected)
+    if rate < 1:
+        divergence += (1 - rate) * math.log((1 - rate) / (1 - expected))
+    return divergence
+
+
+def groupings(rank_T: Tensor, ids_TK: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, mask [T]) of the whole batch, of each rank's and of each expert's tokens."""
+    yield "the batch", torch.ones_like(rank_T, dtype=torch.bool)
+    for rank in rank_T.unique().tolist():
+        yield f"rank {rank}", rank_T == rank
+    for expert in ids_TK.unique().tolist():
+        yield f"tokens of expert {expert}", (ids_TK == expert).any(dim=1)

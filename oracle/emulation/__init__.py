@@ -1,0 +1,1 @@
+"""Single-process emulations of expert-parallel layers: correct ones, and wrong ones."""

@@ -1,0 +1,104 @@
+"""All ranks' observations of one forward, laid out by global token.
+
+Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.truth import Truth
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen; None where a rank shows no such tap.
+
+    The ``gathered_*`` fields hold, for each rank, what it received of every token; the
+    ``partials_RTH`` each rank's share of every token.
+    """
+
+    output_TH: Tensor
+    ids_TK: Tensor | None
+    weights_TK: Tensor | None
+    expert_output_TKH: Tensor | None
+    routed_TH: Tensor | None
+    partials_RTH: Tensor | None
+    gathered_hidden_RTH: Tensor | None
+    gathered_ids_RTK: Tensor | None
+    gathered_weights_RTK: Tensor | None
+
+    @classmethod
+    def of(cls, observations: Sequence[RankObservation], truth: Truth) -> "Evidence":
+        """Check the shapes against ``truth`` and lay the tensors out.
+
+        Raises ValueError when a rank is missing or an output has the wrong shape.
+        """
+        counts = truth.tokens_by_rank
+        if len(observations) != len(counts):
+            raise ValueError(
+                f"{len(observations)} observations for {len(counts)} ranks: pass one per rank"
+            )
+        for rank, (seen, tokens) in enumerate(zip(observations, counts, strict=True)):
+            expected = (tokens, truth.config.hidden_size)
+            if tuple(seen.output_TH.shape) != expected:
+                raise ValueError(
+                    f"rank {rank} returned a tensor of shape {tuple(seen.output_TH.shape)}, "
+                    f"expected {expected}: one output row per input row"
+                )
+
+        def own(name: str) -> Tensor | None:
+            return _all(observations, name, torch.cat)
+
+        def padded(name: str) -> Tensor | None:
+            return _all(
+                observations,
+                name,
+                lambda taps: torch.stack([_without_padding(tap, counts) for tap in taps]),
+            )
+
+        return cls(
+            torch.cat([seen.output_TH for seen in observations]).cpu(),
+            own("ids_TK"),
+            own("weights_TK"),
+            own("expert_output_TKH"),
+            own("routed_TH"),
+            padded("partial"),
+            padded("gathered_hidden"),
+            padded("gathered_ids"),
+            padded("gathered_weights"),
+        )
+
+    def of_tokens(self, tokens: Tensor) -> "Evidence":
+        """The evidence on some tokens (indices) only."""
+
+        def pick(name: str, tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            per_rank = "_R" in name
+            return tensor[:, tokens] if per_rank else tensor[tokens]
+
+        picked: dict[str, Any] = {
+            field.name: pick(field.name, getattr(self, field.name)) for field in fields(self)
+        }
+        return Evidence(**picked)
+
+
+def _all(
+    observations: Sequence[RankObservation],
+    name: str,
+    join: Callable[[list[Tensor]], Tensor],
+) -> Tensor | None:
+    """One tensor from the tap of every rank; None if any rank lacks it."""
+    taps = [getattr(seen.taps, name) for seen in observations]
+    return None if any(tap is None for tap in taps) else join(taps).cpu()
+
+
+def _without_padding(padded: Tensor, counts: Sequence[int]) -> Tensor:
+    """Drop each rank's padding rows: [R*N, ...] to [T, ...]."""
+    chunks = padded.unflatten(0, (len(counts), len(padded) // len(counts)))
+    return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts, strict=True)])

@@ -1,0 +1,331 @@
+"""The judgement: is what every rank showed inside the envelope of its contract?
+
+Stages are judged in the order of the data flow, each from the observed result of the one
+before (re-anchoring), so that the first one outside names the culprit:
+
+======== ======================================================================
+router   chosen experts are an admissible set, weights inside their enclosure
+dispatch every rank received every rank's rows, bit for bit
+experts  each slot's output, or each rank's share of a row, inside its envelope
+combine  the sum obeys the wire rule, given the observed shares
+output   the final rounding, given the observed sum; and the whole forward, end
+         to end, with nothing believed but the input, so that no tap hides a race
+======== ======================================================================
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twinmoe.oracle import aggregates
+from twinmoe.oracle.comparison import Comparison, compare
+from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, product, total
+from twinmoe.oracle.evidence import Evidence
+from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.power import visible_slots
+from twinmoe.oracle.rounding import ulp
+from twinmoe.oracle.spread import Spread
+from twinmoe.oracle.truth import Stages, Truth, across_ranks, with_shared
+from twinmoe.oracle.verdict import Finding, Verdict
+
+#: Above this share of near-tied tokens, a case without an ids tap proves nothing.
+AMBIGUOUS_SHARE = 0.05
+
+#: Without an ids tap, so many admissible answers of a near-tied token are tried.
+CANDIDATES = 16
+
+
+def judge(
+    observations: Sequence[RankObservation],
+    truth: Truth,
+    contract: RoundingContract,
+    *,
+    grade: Grade = Grade.SHARP,
+    sample: int | None = None,
+    seed: int = 0,
+    loosen: float = 1.0,
+) -> Verdict:
+    """Decide whether ``observations`` (one per rank) obey ``contract``.
+
+    ``grade`` is SHARP except for inputs built to drive partial sums away from their
+    2-norm, which are judged MED.  ``sample`` judges that many tokens, drawn with ``seed``,
+    with all their experts, which bounds time and memory at production sizes.  ``loosen``
+    multiplies every radius: for judging the judge.  Raises ValueError when the number of
+    observations or a shape does not match the truth.
+    """
+    evidence = Evidence.of(observations, truth)
+    if sample is not None and sample < len(truth.hidden_TH):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randperm(len(truth.hidden_TH), generator=generator)[:sample].sort().values
+        evidence, truth = evidence.of_tokens(tokens), truth.of_tokens(tokens)
+    verdict = Verdict(contract, observations[0].path, tokens=len(truth.hidden_TH))
+    return _Judgement(evidence, truth, contract, grade, loosen, verdict).run()
+
+
+class _Judgement:
+    """One call of :func:`judge`: the evidence, and the verdict being built."""
+
+    def __init__(
+        self,
+        evidence: Evidence,
+        truth: Truth,
+        contract: RoundingContract,
+        grade: Grade,
+        loosen: float,
+        verdict: Verdict,
+    ) -> None:
+        self.evidence, self.truth, self.contract = evidence, truth, contract
+        self.grade, self.loosen, self.verdict = grade, loosen, verdict
+        self.routing = truth.routing(contract, grade)
+
+    def run(self) -> Verdict:
+        """Judge every stage there is evidence for."""
+        ids_TK = self._router()
+        weights_TK = self.routing.weights(ids_TK)
+        free = self.truth.stages(self.contract, ids_TK, weights_TK, self.grade)
+        anchored = self._anchored(free, ids_TK)
+        self._dispatch()
+        self._experts(anchored)
+        self._combine(anchored)
+        self._output(anchored, free, ids_TK)
+        return self.verdict
+
+    # --- stages -----------------------------------------------------------------------
+
+    def _router(self) -> Tensor:
+        """Judge the chosen experts; return the ids [T, K] to evaluate the truth for."""
+        exact, ambiguous = self.routing.ids_TK, self.routing.ambiguous()
+        self.verdict.ambiguous = int(ambiguous.sum())
+        if self.evidence.ids_TK is None:
+            share = self.verdict.ambiguous / max(self.verdict.tokens, 1)
+            self.verdict.conclusive = share <= AMBIGUOUS_SHARE
+            return self._likeliest(ambiguous)
+        observed = self.evidence.ids_TK.long()
+        experts = self.truth.config.num_experts
+        valid = ((observed >= 0) & (observed < experts)).all(dim=-1)
+        admissible = self.routing.admissible(observed.clamp(0, experts - 1)) & valid
+        for token in (~admissible).nonzero().flatten().tolist()[:1]:
+            self._report(
+                "router",
+                token,
+                f"{self._place(token)} went to experts {sorted(observed[token].tolist())}, "
+                f"but should go to {sorted(exact[token].tolist())}"
+                f" ({int((~admissible).sum())} of {len(exact)} tokens misrouted)",
+            )
+        return torch.where(admissible[:, None], observed, exact)
+
+    def _likeliest(self, ambiguous_T: Tensor) -> Tensor:
+        """Without ids: for near-tied tokens, the admissible answer that fits the output."""
+        ids_TK = self.routing.ids_TK.clone()
+        for token in ambiguous_T.nonzero().flatten().tolist():
+            alone = self.truth.of_tokens(torch.tensor([token]))
+            routing = alone.routing(self.contract, self.grade)
+            seen = self.evidence.output_TH[token : token + 1]
+            for ids in self.routing.candidates(token, CANDIDATES):
+                stages = alone.stages(
+                    self.contract, ids[None], routing.weights(ids[None]), self.grade
+                )
+                if not self._compare(seen, stages.sum_TH, output=True).outside.any():
+                    ids_TK[token] = ids
+                    break
+        return ids_TK
+
+    def _anchored(self, free: Stages[Enclosure], ids_TK: Tensor) -> Stages[Enclosure]:
+        """Judge the weights, and restart the truth at the observed ones."""
+        observed = self.evidence.weights_TK
+        if observed is None or self.verdict.findings:
+            return free
+        self._element_finding("router", "weight", "slot", observed, free.weights_TK)
+        return self.truth.stages(
+            self.contract,
+            ids_TK,
+            Enclosure.exact(observed),
+            self.grade,
+            free.expert_output_TKH,
+        )
+
+    def _dispatch(self) -> None:
+        """A gather is a copy: bitwise, on every rank, whatever the transport."""
+        evidence = self.evidence
+        for what, received, sent in (
+            ("hidden states", evidence.gathered_hidden_RTH, self.truth.hidden_TH),
+            ("ids", evidence.gathered_ids_RTK, evidence.ids_TK),
+            ("weights", evidence.gathered_weights_RTK, evidence.weights_TK),
+        ):
+            if received is None or sent is None:
+                continue
+            for rank, copy in enumerate(received):
+                wrong = (_bits(copy) != _bits(sent)).any(dim=-1)
+                for token in wrong.nonzero().flatten().tolist()[:1]:
+                    self._report(
+                        "dispatch",
+                        token,
+                        f"gathered {what} of {self._place(token)} differ from what was sent, as "
+                        f"received by rank {rank} ({int(wrong.sum())} of {len(wrong)} rows differ)",
+                    )
+
+    def _experts(self, anchored: Stages[Enclosure]) -> None:
+        outputs = self.evidence.expert_output_TKH
+        if outputs is not None:
+            allowed = anchored.expert_output_TKH
+            self._element_finding("experts", "expert output", "slot and dim", outputs, allowed)
+        partials = self.evidence.partials_RTH
+        if partials is not None and self.contract.wire is not Wire.NONE:
+            for rank, partial in enumerate(partials):
+                allowed = anchored.partials_RTH[rank]
+                self._element_finding("experts", f"rank {rank}'s share", "dim", partial, allowed)
+
+    def _combine(self, anchored: Stages[Enclosure]) -> None:
+        """Only the sum is on trial: its terms are the observed ones."""
+        routed, partials = self.evidence.routed_TH, self.evidence.partials_RTH
+        outputs = self.evidence.expert_output_TKH
+        if routed is None:
+            return
+        if partials is not None and self.contract.wire is Wire.RANK_ORDER:
+            allowed = Enclosure.exact(_rank_order_sum(partials))
+        elif partials is not None:
+            allowed = across_ranks(self.contract, Enclosure.exact(partials))
+        elif outputs is not None:
+            accumulator = self.contract.accumulator
+            terms = Enclosure.exact(outputs)
+            if not self.truth.config.router_weight_on_input:
+                terms = product(anchored.weights_TK[..., None], terms, accumulator)
+            allowed = total(terms, 1, accumulator)
+        else:
+            return
+        self._element_finding("combine", "sum", "dim", routed, allowed)
+
+    def _output(self, anchored: Stages[Enclosure], free: Stages[Enclosure], ids_TK: Tensor) -> None:
+        observed, routed = self.evidence.output_TH, self.evidence.routed_TH
+        if routed is not None:
+            sums = Enclosure.exact(routed)
+            if anchored.shared_TH is not None:
+                sums = with_shared(self.contract, sums, anchored.shared_TH)
+            self._element_finding("output", "out", "dim", observed, sums, output=True)
+        verdict = self.verdict
+        result = self._compare(observed, free.sum_TH, output=True)
+        verdict.worst_ratio, verdict.elements = result.worst_ratio, result.elements
+        verdict.flips = int((observed.double() != result.centre).sum())
+        if not any(finding.stage == "output" for finding in verdict.findings):
+            proof = self._breaks_hard(result, ids_TK)
+            self._outside_finding("output", "out", "dim", observed, result, proof)
+        verdict.slots, verdict.slots_visible = visible_slots(free, result, self.contract.output)
+        self._aggregates(result, ids_TK)
+
+    def _aggregates(self, result: Comparison, ids_TK: Tensor) -> None:
+        """Flip rate and sign, for the batch, each rank and each expert's tokens."""
+        if self.contract.output.precision > aggregates.NARROW_PRECISION:
+            return
+        weights = self.routing.weights(ids_TK)
+        # the radius of the weights is LAMBDA standard deviations of their logits' error
+        spread = Spread.of(weights.value, weights.radius / LAMBDA)
+        sums = self.truth.stages(self.contract, ids_TK, spread).sum_TH
+        chance = sums.mean / ulp(result.centre.nan_to_num(), self.contract.output)
+        chance = (chance * self.loosen).nan_to_num(1.0).clamp(max=1.0)
+        flips = aggregates.flips_of(self.evidence.output_TH.double(), result.centre, chance)
+        self.verdict.expected_flips = float(chance.sum())
+        if self.verdict.findings:
+            return
+        for name, mask in aggregates.groupings(self.truth.rank_T, ids_TK):
+            some = flips.subset(mask)
+            if aggregates.too_many(some):
+                self._report(
+                    "output",
+                    int(mask.nonzero()[0]),
+                    f"{float(some.rate_T.mean()):.1%} of the elements of {name} differ from the "
+                    f"rounded truth, at most {float(some.expected_T.mean()):.1%} expected: each is "
+                    "inside its interval, but the rounding is not the declared one",
+                )
+                return
+            if aggregates.one_sided(some):
+                side = "away from" if float(some.sign_T.sum()) > 0 else "toward"
+                self._report(
+                    "output",
+                    int(mask.nonzero()[0]),
+                    f"the elements of {name} that differ from the rounded truth lie {side} zero "
+                    f"of it (mean sign {float(some.sign_T[some.rate_T > 0].mean()):+.2f}): "
+                    "a cast truncates",
+                )
+                return
+
+    # --- findings ---------------------------------------------------------------------
+
+    def _compare(self, observed: Tensor, truth: Enclosure, output: bool = False) -> Comparison:
+        loose = Enclosure(truth.value, truth.radius * self.loosen)
+        return compare(observed, loose, self.contract.output if output else None)
+
+    def _element_finding(
+        self,
+        stage: str,
+        what: str,
+        axis: str,
+        observed: Tensor,
+        truth: Enclosure,
+        output: bool = False,
+    ) -> None:
+        result = self._compare(observed, truth, output)
+        self._outside_finding(stage, what, axis, observed, result, proof=False)
+
+    def _outside_finding(
+        self,
+        stage: str,
+        what: str,
+        axis: str,
+        observed: Tensor,
+        result: Comparison,
+        proof: bool,
+    ) -> None:
+        """Report the worst element outside its interval, if there is one."""
+        if not result.outside.any():
+            return
+        ratio = torch.where(result.outside, result.ratio, -1.0)
+        index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+        worst = float(ratio[index])
+        size = f"{worst:.3g}x the radius" if math.isfinite(worst) else "no error is allowed"
+        kind = "outside HARD: wrong arithmetic" if proof else "outside " + self.grade.name
+        self._report(
+            stage,
+            index[0],
+            f"{what}[{self._place(index[0])}, {axis} {', '.join(map(str, index[1:]))}] = "
+            f"{float(observed[index]):.6g}, allowed {float(result.low[index]):.6g} .. "
+            f"{float(result.high[index]):.6g} ({size}, {kind}; "
+            f"{int(result.outside.sum())} of {result.elements} elements outside)",
+            index[-1],
+            ratio=worst,
+            proof=proof,
+        )
+
+    def _breaks_hard(self, result: Comparison, ids_TK: Tensor) -> bool:
+        """Is some element outside even the worst case of the declared arithmetic?"""
+        if not result.outside.any():
+            return False
+        routing = self.truth.routing(self.contract, Grade.HARD)
+        stages = self.truth.stages(self.contract, ids_TK, routing.weights(ids_TK), Grade.HARD)
+        hard = self._compare(self.evidence.output_TH, stages.sum_TH, output=True)
+        return bool(hard.outside.any())
+
+    def _report(
+        self, stage: str, token: int, message: str, dim: int | None = None, **more: object
+    ) -> None:
+        rank, row = int(self.truth.rank_T[token]), int(self.truth.row_T[token])
+        self.verdict.findings.append(Finding(stage, rank, row, dim, message, **more))  # type: ignore[arg-type]
+
+    def _place(self, token: int) -> str:
+        return f"token {int(self.truth.row_T[token])} on rank {int(self.truth.rank_T[token])}"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes as integers, so that NaN equals itself and -0 is not 0."""
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(width[tensor.element_size()])
+
+
+def _rank_order_sum(shares_RTH: Tensor) -> Tensor:
+    """fp32 accumulation in the order of ranks, as the reduce-scatter kernel does."""
+    total_TH = torch.zeros_like(shares_RTH[0], dtype=torch.float32)
+    for share_TH in shares_RTH:
+        total_TH = total_TH + share_TH.float()
+    return total_TH
