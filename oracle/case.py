@@ -127,15 +127,17 @@ class Case:
         """
         settings: dict[str, Any] = {}
         own: dict[str, Any] = {}
+        seen: set[str] = set()
         names = {field.name for field in fields(cls)} - {"config", "tokens"}
         config_names = {field.name for field in fields(MoEConfig)}
         for part in filter(None, map(str.strip, line.split(","))):
             key, equals, text = part.partition("=")
-            name = "tokens" if key == "T" else _LONG.get(key, key)
+            name = _LONG.get(key, key)
             if not equals:
                 raise CaseError(f"{part!r} is not key=value: separate parts with commas")
-            if name in own or name in settings:
+            if name in seen:
                 raise CaseError(f"{key!r} is given twice: a key has one value; drop one of them")
+            seen.add(name)
             if key == "T":
                 own["tokens"] = _counts(text)
             elif name in names:

@@ -22,13 +22,14 @@ SHRINK_TRIALS = 40
 
 @dataclass(frozen=True)
 class Plan:
-    """What to check: the cells, random cases a cell, the geometry, the seed, a fault."""
+    """What to check: the cells, random cases a cell, geometry, seed, fault and device."""
 
     cells: tuple[Cell, ...]
     cases_per_cell: int
     model: MoEConfig | None = None
     seed: int = 0
     fault: str = ""
+    device: str = "cpu"
 
     @property
     def total(self) -> int:
@@ -177,7 +178,7 @@ class _Search:
 
     def _drawn(self) -> None:
         phases = [Phase.generate, Phase.shrink] if self.shrink else [Phase.generate]
-        search = given(cases(self.cell, self.plan.model))(self._try_but_the_first)
+        search = given(cases(self.cell, self.plan.model, self.plan.device))(self._try_but_the_first)
         search = seed(self._cell_seed())(search)
         settings(
             max_examples=self.plan.cases_per_cell + 1,

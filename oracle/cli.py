@@ -137,6 +137,7 @@ def _run_check(**options: Any) -> Summary:
         _model(options["model"], options["scale"]),
         options["seed"],
         options["fault"],
+        device,
     )
     plan.check()
     if options["json_file"] is not None:

@@ -121,8 +121,12 @@ def rounded(x: E, target: Format | None) -> E:
     return x if target is None else x.stored(round_to(x.value, target), target)
 
 
+#: Elements of a weight matrix that are widened to fp64 at a time.
+_CHUNK = 1 << 20
+
+
 def matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
-    """Product of x [..., n] and weight^T, weight [m, n] fp64: e = e_x |W|^T + accumulation error.
+    """Product of x [..., n] and weight^T, weight [m, n] as stored: e = e_x |W|^T + error.
 
     HARD  n u / (1 - n u) (|x| + e_x) |W|^T
     MED   lam sqrt(n) u (|x| + e_x) |W|^T
@@ -131,6 +135,17 @@ def matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
 
     A Spread (``spread.py``) takes SHARP with its own lam, one standard deviation.
     """
+    rows = max(1, _CHUNK // max(1, weight.shape[-1]))
+    parts = [_matmul(x, part.double(), accumulator, grade) for part in weight.split(rows)]
+    if len(parts) == 1:
+        return parts[0]
+    return type(x)(
+        torch.cat([part.value for part in parts], dim=-1),
+        torch.cat([part.radius for part in parts], dim=-1),
+    )
+
+
+def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     terms = weight.shape[-1]
     unit = accumulator.unit
     value = x.value @ weight.T
@@ -156,10 +171,16 @@ def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator:
     than the grid, which has to lie in the normal range.
     """
     grid_x = lowest_bit(x.value).amin(dim=-1, keepdim=True)
-    grid_w = lowest_bit(weight).amin(dim=-1)
-    grid = (grid_x + grid_w).clamp(-1000, 1000).double()
-    fits = (one_norm.log2() - grid <= accumulator.precision) & (grid >= accumulator.min_exponent)
-    return (fits | (one_norm == 0)) & (x.radius.sum(dim=-1, keepdim=True) == 0)
+    certain = x.radius.sum(dim=-1, keepdim=True) == 0
+
+    def fits(columns: Tensor) -> Tensor:
+        grid = (grid_x + lowest_bit(columns).amin(dim=-1)).clamp(-1000, 1000).double()
+        fit = (one_norm.log2() - grid <= accumulator.precision) & (grid >= accumulator.min_exponent)
+        return (fit | (one_norm == 0)) & certain
+
+    # a few columns refute most matrices, and cost little
+    refuted = not fits(weight[:, :32]).any()
+    return torch.zeros_like(one_norm, dtype=torch.bool) if refuted else fits(weight)
 
 
 def product(a: E, b: E, accumulator: Format) -> E:

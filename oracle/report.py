@@ -28,7 +28,8 @@ def cell_table(summary: Summary) -> Table:
         table.add_column(name, justify="right")
     table.add_column("flips, 16 bit", justify="right")
     table.add_column("slots seen", justify="right")
-    table.add_column("what ran", overflow="fold")
+    table.add_column("what ran")
+    _keep_every_letter(table)
 
     def row(result: CellResult) -> tuple[int, str, str]:
         cell = result.cell
@@ -87,7 +88,14 @@ def contract_table(dtype: torch.dtype) -> Table:
         formats = [text for _, text in rows]
         if any(text != "kept" for text in formats):
             table.add_row(rows[0][0], *formats)
+    _keep_every_letter(table)
     return table
+
+
+def _keep_every_letter(table: Table) -> None:
+    """Break long words: a log is 80 columns wide, and an ellipsis there hides a name for good."""
+    for column in table.columns:
+        column.overflow = "fold"
 
 
 def throughput(summary: Summary) -> str:
@@ -162,7 +170,7 @@ def _cell_json(cell: Cell, result: CellResult) -> dict[str, Any]:
         "dtype": dtype_name(cell.dtype),
         "cases": result.cases,
         "passed": result.passed,
-        "worst_ratio": result.worst_ratio if math.isfinite(result.worst_ratio) else "inf",
+        "worst_ratio": _number(result.worst_ratio),
         "elements": result.elements,
         "flips": result.flips,
         "slots": result.slots,
@@ -172,6 +180,11 @@ def _cell_json(cell: Cell, result: CellResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "ran": {" + ".join(names): count for names, count in result.ran.items()},
     }
+
+
+def _number(value: float) -> float | str:
+    """Write infinity, for which JSON has no number, as a word."""
+    return value if math.isfinite(value) else str(value)
 
 
 def write_json(summary: Summary, path: Path) -> None:

@@ -75,7 +75,7 @@ class RoutingTruth:
     ) -> "RoutingTruth":
         """Score every expert for every token; all inputs are the tensors as stored."""
         fmt = contract.router
-        logits = matmul(hidden_TH, router_EH.double(), fmt, grade)
+        logits = matmul(hidden_TH, router_EH, fmt, grade)
         score = _score(config, logits, fmt)
         bias = torch.zeros(config.num_experts, dtype=torch.float64)
         if correction_bias_E is not None:

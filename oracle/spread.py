@@ -55,7 +55,7 @@ class Spread(Enclosure):
         whole = cls.exact(torch.zeros(*shape))
         for index, part in parts:
             whole.value[index] = part.value
-            whole.radius[:, *index] = part.radius
+            whole.radius[:, *index] = part.radius  # type: ignore[index]
         return whole
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from hypothesis import strategies as st
 
+from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle.case import Case
 from twinmoe.reference.config import MoEConfig, dtype_name
 
@@ -95,7 +96,9 @@ def token_counts(draw: st.DrawFn, ep_size: int) -> tuple[int, ...]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None) -> Case:
+def cases(
+    draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: str = "cpu"
+) -> Case:
     """A case of ``cell``; with ``model``, of that geometry in the cell's dtype."""
     if model is None:
         config = draw(configs(cell.ep_size, cell.dtype))
@@ -107,7 +110,7 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None) -> Case:
         tokens=draw(token_counts(cell.ep_size)),
         transport=cell.transport,
         mode=cell.mode,
-        backend=draw(st.sampled_from(usable_backends(config))),
+        backend=draw(st.sampled_from(usable_backends(config, device))),
         wire=draw(st.sampled_from(("fp32", "model"))) if in_graph else "fp32",
         values=draw(st.sampled_from(("normal", "recorded", "outlier", "positive", "integers"))),
         routing=draw(st.sampled_from(("free", "free", "one_expert", "one_rank", "ties"))),
@@ -120,11 +123,10 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None) -> Case:
     )
 
 
-def usable_backends(config: MoEConfig) -> tuple[str, ...]:
-    """grouped_mm needs rows of whole 16-byte units."""
-    width = 16 // config.dtype.itemsize
-    aligned = config.hidden_size % width == 0 and config.moe_intermediate_size % width == 0
-    return ("grouped_mm", "triton") if aligned else ("triton",)
+def usable_backends(config: MoEConfig, device: str = "cpu") -> tuple[str, ...]:
+    """The expert backends that can run this layer, by name, most preferred first."""
+    report = backend_report(config, torch.device(device))
+    return tuple(name for name, refusal in report.items() if refusal is None)
 
 
 # --- corners: one pinned case for each kind of trouble -----------------------------------

@@ -4,8 +4,9 @@ The truth knows nothing of dispatch: it computes what every (token, slot) contri
 then follows the contract's sums and roundings to the output.  Ranks enter only where
 they round: each rank's share of a token is summed first, then the shares.
 
-Memory: one expert's two matrices in fp64, a few times, and [T, K, H] fp64 for the judged
-tokens T, twice.  Sampling tokens (:meth:`Truth.of_tokens`) bounds it at any size.
+Memory: a few MiB of one expert's matrices in fp64 at a time, and about ten tensors
+[T, K, H] of fp64 for the judged tokens T.  Sampling tokens (:meth:`Truth.of_tokens`)
+bounds it at any size.
 
 Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks;
 S slots of one expert.
@@ -152,7 +153,7 @@ class Truth:
                 self.config,
                 contract,
                 x_SH.to(w13_FH.device),
-                (w13_FH.double(), w2_HI.double()),
+                (w13_FH, w2_HI),
                 (contract.gate_up, contract.expert_output),
                 grade,
             )
@@ -179,14 +180,14 @@ class Truth:
         if weights.shared_w13_FH is None or weights.shared_w2_HI is None:
             return None
         x_TH = carry.exact(self.hidden_TH)
-        matrices = (weights.shared_w13_FH.double(), weights.shared_w2_HI.double())
+        matrices = (weights.shared_w13_FH, weights.shared_w2_HI)
         stored = (contract.shared_gate_up, contract.shared_output)
         y_TH = _mlp(config, contract, x_TH.to(matrices[0].device), matrices, stored, grade)
         y_TH = y_TH.to(torch.device("cpu"))
         if weights.shared_gate_1H is None:
             return y_TH
         accumulator = contract.accumulator
-        logit = matmul(x_TH, weights.shared_gate_1H.double().cpu(), accumulator, grade)
+        logit = matmul(x_TH, weights.shared_gate_1H.cpu(), accumulator, grade)
         gate = torch.sigmoid(logit.value)
         spread = gate * torch.sigmoid(-logit.value) * torch.expm1(logit.radius)
         spread = spread + 4 * accumulator.unit * gate + accumulator.smallest_normal

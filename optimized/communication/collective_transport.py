@@ -32,7 +32,7 @@ class CollectiveTransport:
         self._group = group
         self._device = device
         self._refusals = refusals
-        self._label = "local" if group is None else dist.get_backend(group)
+        self._label = "local" if group is None else _backend(group, device)
 
     def all_gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """One collective per tensor, of its bytes; see `Transport.all_gather`."""
@@ -86,3 +86,13 @@ class CollectiveTransport:
             own.copy_(partial)
         else:
             _reduce_scatter(own, partial, group=self._group)
+
+
+def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The backend that serves ``device``; "cpu:gloo,cuda:nccl" names one per device type."""
+    name: str = dist.get_backend(group)
+    for part in name.split(","):
+        kind, _, backend = part.rpartition(":")
+        if kind == device.type:
+            return backend
+    return name

@@ -36,13 +36,12 @@ class CudaSymmetricAllocation:
         self._rendezvous = symm_mem.rendezvous
         self._tensor = symm_mem.empty(round_up(num_bytes), dtype=torch.uint8, device=device)
 
-    def rendezvous(self, group: dist.ProcessGroup | None) -> "CudaSymmetricMemory":
-        """Exchange handles with the peers."""
+    def rendezvous(
+        self, group: dist.ProcessGroup | None
+    ) -> "CudaSymmetricMemory | SingleGpuMemory":
+        """Exchange handles with the peers; without a group there are none."""
         if group is None:
-            raise ValueError(
-                "group (None) cannot rendezvous on CUDA: handles are exchanged through a process "
-                "group; pass one, if need be of a single rank"
-            )
+            return SingleGpuMemory(self._tensor)
         return CudaSymmetricMemory(self._tensor, self._rendezvous(self._tensor, group))
 
     def seal(self) -> None:
@@ -74,5 +73,25 @@ class CudaSymmetricMemory:
     def close(self) -> None:
         """Return the buffer to torch's pool once no view of it is left."""
         self._handle = None
+        self.buffer = self.buffer.new_empty(0)
+        self.signal_pad = self.signal_pad.new_empty(0)
+
+
+class SingleGpuMemory:
+    """The memory of a rank that is its own only peer; see `SymmetricMemory`."""
+
+    rank = 0
+    world_size = 1
+    multicast_ptr = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.buffer = tensor
+        words = available_signal_pad_bytes() // 4
+        self.signal_pad = torch.zeros(words, dtype=torch.int32, device=tensor.device)
+        self.buffer_ptrs = torch.tensor([tensor.data_ptr()], device=tensor.device)
+        self.signal_pad_ptrs = torch.tensor([self.signal_pad.data_ptr()], device=tensor.device)
+
+    def close(self) -> None:
+        """Let go of the memory."""
         self.buffer = self.buffer.new_empty(0)
         self.signal_pad = self.signal_pad.new_empty(0)

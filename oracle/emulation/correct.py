@@ -1,25 +1,28 @@
 """Correct implementations: every choice that a contract leaves open, made in turn."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import eager_contract, graphed_contract
 from twinmoe.oracle.emulation import activations, combine, gemm, routers
-from twinmoe.oracle.emulation.combine import RankSum
 from twinmoe.oracle.emulation.pipeline import Emulation
+from twinmoe.oracle.rounding import FP32, Format
 from twinmoe.reference.config import MoEConfig
 
-#: Legal implementations of each step, the plainest first.
+Choice = TypeVar("Choice")
+
+#: Orders in which fp32 sums to nearest may be made, the plainest first.
 GEMMS: dict[str, gemm.Gemm] = {
     "sequential": gemm.sequential,
     "pairwise": gemm.pairwise,
-    "blocked": gemm.blocked,
+    "blocks of 16": gemm.blocked,
     "split-K 2": gemm.split_k(2),
     "split-K 4": gemm.split_k(4),
-    "reverse": gemm.reverse,
+    "reversed": gemm.reverse,
     "permuted": gemm.permuted(seed=5),
 }
 ROUTES: dict[str, routers.Route] = {
@@ -36,72 +39,107 @@ SLOT_SUMS: dict[str, combine.SlotSum] = {
     "in order": combine.in_order,
     "backwards": combine.backwards,
     "tree": combine.halves_first,
-    "fma": combine.fused_multiply_add,
+    "fused multiply-add": combine.fused_multiply_add,
 }
-
-_ANY_ORDER: dict[str, RankSum] = {
+ANY_ORDER: dict[str, combine.RankSum] = {
     "rotated": combine.rotated,
     "reversed": combine.reversed_ranks,
     "tree": combine.rank_tree,
     "rank order": combine.rank_order,
 }
 
+#: An fp32 accumulator as tensor cores have it, and one that flushes to zero.
+TENSOR_CORE = replace(FP32, name="tensor core", block=gemm.BLOCK, block_unit=2.0**-23)
+FLUSHING = replace(FP32, name="fp32, flushing", flushes=True)
+
 
 @dataclass(frozen=True)
 class Path:
-    """A contract per layer, and the sums over ranks that it allows."""
+    """A contract, and the GEMMs and sums over ranks that it allows."""
 
     name: str
     contract: Callable[[MoEConfig], RoundingContract]
-    rank_sums: dict[str, RankSum]
+    rank_sums: Mapping[str, combine.RankSum]
+    gemms: Mapping[str, gemm.Gemm]
+
+    def plain(self) -> Emulation:
+        """The implementation that makes the first choice everywhere."""
+        return Emulation(
+            gate_up=next(iter(self.gemms.values())),
+            down=next(iter(self.gemms.values())),
+            sum_ranks=next(iter(self.rank_sums.values())),
+        )
+
+    def draw(self, generator: torch.Generator) -> Emulation:
+        """An implementation with every choice made at random."""
+
+        def one(options: Mapping[str, Choice]) -> Choice:
+            picked = int(torch.randint(len(options), (), generator=generator))
+            return list(options.values())[picked]
+
+        return Emulation(
+            logits=one(GEMMS),
+            route=one(ROUTES),
+            gate_up=one(self.gemms),
+            activate=one(ACTIVATES),
+            down=one(self.gemms),
+            sum_slots=one(SLOT_SUMS),
+            sum_ranks=one(self.rank_sums),
+        )
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Tensor cores multiply 16-bit operands."""
+        return self.gemms is not _TENSOR_CORE_GEMMS or dtype.itemsize == 2
 
 
-def _paths() -> dict[str, Path]:
-    """Each dispatcher, wire and expert backend of the optimized twin."""
-    sums = {"p2p": {"rank order": combine.rank_order}, "nvls": _ANY_ORDER, "gloo": _per_hop()}
-    paths = []
-    for backend in ("grouped_mm", "triton"):
-        paths.append(_eager(backend))
-        for tier, allowed in sums.items():
-            paths += [_graphed(backend, tier, wide, allowed) for wide in (True, False)]
-    return {path.name: path for path in paths}
-
-
-def _per_hop() -> dict[str, RankSum]:
-    return {"ring": combine.ring}
+_TENSOR_CORE_GEMMS = {"truncating": gemm.truncating}
+_FLUSHING_GEMMS = {"flushing": gemm.flushing}
+_RANK_SUMS: dict[str, Mapping[str, combine.RankSum]] = {
+    "p2p": {"rank order": combine.rank_order},
+    "nvls": ANY_ORDER,
+    "gloo": {"ring": combine.ring},
+}
 
 
 def _eager(backend: str) -> Path:
     return Path(
         f"alltoall {backend}",
         lambda config: eager_contract(config, backend),
-        {"rank order": combine.rank_order},
+        _RANK_SUMS["p2p"],
+        GEMMS,
     )
 
 
-def _graphed(backend: str, tier: str, wide: bool, allowed: dict[str, RankSum]) -> Path:
+def _graphed(backend: str, tier: str, wide: bool) -> Path:
     def contract(config: MoEConfig) -> RoundingContract:
         return graphed_contract(config, backend, tier, torch.float32 if wide else config.dtype)
 
-    return Path(f"{tier} {backend} {'fp32' if wide else 'model'} wire", contract, allowed)
+    wire = "fp32" if wide else "model"
+    return Path(f"{tier} {backend}, {wire} wire", contract, _RANK_SUMS[tier], GEMMS)
 
 
-PATHS = _paths()
+def _accumulating(path: Path, accumulator: Format, gemms: Mapping[str, gemm.Gemm]) -> Path:
+    """``path`` on hardware with another accumulator, declared as such."""
+
+    def contract(config: MoEConfig) -> RoundingContract:
+        return replace(path.contract(config), accumulator=accumulator)
+
+    return replace(path, name=f"{path.name}, {accumulator.name}", contract=contract, gemms=gemms)
 
 
-def draw(path: Path, generator: torch.Generator) -> Emulation:
-    """A correct implementation of ``path``, every open choice made at random."""
+def _paths() -> list[Path]:
+    paths = []
+    for backend in ("grouped_mm", "triton"):
+        paths.append(_eager(backend))
+        paths += [_graphed(backend, tier, wide) for tier in _RANK_SUMS for wide in (True, False)]
+    wired = _graphed("triton", "p2p", wide=True)
+    return [
+        *paths,
+        _accumulating(wired, TENSOR_CORE, _TENSOR_CORE_GEMMS),
+        _accumulating(_eager("grouped_mm"), TENSOR_CORE, _TENSOR_CORE_GEMMS),
+        _accumulating(wired, FLUSHING, _FLUSHING_GEMMS),
+    ]
 
-    def one(options: dict[str, object]) -> object:
-        names = list(options)
-        return options[names[int(torch.randint(len(names), (), generator=generator))]]
 
-    return Emulation(
-        logits=one(GEMMS),
-        route=one(ROUTES),
-        gate_up=one(GEMMS),
-        activate=one(ACTIVATES),
-        down=one(GEMMS),
-        sum_slots=one(SLOT_SUMS),
-        sum_ranks=one(path.rank_sums),
-    )
+#: Each dispatcher, wire and expert backend of the optimized twin, and other accumulators.
+PATHS: dict[str, Path] = {path.name: path for path in _paths()}

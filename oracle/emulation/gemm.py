@@ -42,6 +42,7 @@ def permuted(seed: int) -> Gemm:
         order_N = torch.randperm(x_MN.shape[1], generator=generator)
         return sequential(x_MN[:, order_N], w_FN[:, order_N])
 
+    gemm.__name__ = f"permuted({seed})"
     return gemm
 
 
@@ -74,6 +75,7 @@ def split_k(parts: int) -> Gemm:
             total_MF = total_MF + stretch_MF
         return total_MF
 
+    gemm.__name__ = f"split_k({parts})"
     return gemm
 
 
@@ -99,6 +101,14 @@ def truncating(x_MN: Tensor, w_FN: Tensor) -> Tensor:
     return total_MF.float()
 
 
+def flushing(x_MN: Tensor, w_FN: Tensor) -> Tensor:
+    """Sequential on hardware that flushes every product and sum below fp32's normal range."""
+    total_MF = x_MN.new_zeros(len(x_MN), len(w_FN))
+    for x_M, w_F in zip(x_MN.T, w_FN.T, strict=True):
+        total_MF = _flushed(total_MF + _flushed(x_M[:, None] * w_F))
+    return total_MF
+
+
 def bf16_partial_sums(x_MN: Tensor, w_FN: Tensor) -> Tensor:
     """WRONG: split-K whose stretches of the terms are stored in bf16 before they are added."""
     stretches = zip(x_MN.chunk(4, dim=1), w_FN.chunk(4, dim=1), strict=True)
@@ -114,12 +124,17 @@ def without_tail(x_MN: Tensor, w_FN: Tensor) -> Tensor:
     return blocked(x_MN[:, :whole], w_FN[:, :whole])
 
 
+def _flushed(value: Tensor) -> Tensor:
+    return torch.where(value.abs() < FP32.smallest_normal, 0.0, value)
+
+
 def _blocks(tensor_MN: Tensor) -> Tensor:
     """[M, N] as [B, M, K], padded with zeros, which add exactly."""
     padded = F.pad(tensor_MN, (0, -tensor_MN.shape[1] % BLOCK))
-    return padded.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    rows, terms = padded.shape
+    return padded.reshape(rows, terms // BLOCK, BLOCK).transpose(0, 1)
 
 
 def _block_sums(x_MN: Tensor, w_FN: Tensor) -> Tensor:
     """The dot product of each block, [B, M, F], in fp64: as good as exact."""
-    return _blocks(x_MN.double()) @ _blocks(w_FN.double()).transpose(1, 2)
+    return torch.bmm(_blocks(x_MN.double()), _blocks(w_FN.double()).transpose(1, 2))

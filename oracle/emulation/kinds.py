@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.envelope import Grade
 from twinmoe.oracle.recording import recorded_hidden_states
 from twinmoe.oracle.rounding import FORMATS
@@ -41,6 +42,10 @@ class Inputs:
     weights: MoEWeights
     hidden_by_rank: list[Tensor]
 
+    def truth(self) -> RememberingTruth:
+        """What any correct layer must answer to them."""
+        return RememberingTruth(self.config, self.weights, self.hidden_by_rank)
+
 
 Shape = Callable[[MoEConfig, MoEWeights, Tensor, torch.Generator], tuple[MoEWeights, Tensor]]
 
@@ -53,7 +58,7 @@ class Kind:
     shape: Shape
 
 
-def draw(kind: str, config: MoEConfig, tokens: Sequence[int], seed: int) -> Inputs:
+def draw_inputs(kind: str, config: MoEConfig, tokens: Sequence[int], seed: int) -> Inputs:
     """Seeded inputs of ``kind``, ``tokens`` rows on each rank, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn(sum(tokens), config.hidden_size, generator=generator)
@@ -174,7 +179,8 @@ def _recorded(
 ) -> tuple[MoEWeights, Tensor]:
     """Recorded hidden states, starting where the generator says."""
     seed = int(torch.randint(2**31, (), generator=generator))
-    return weights, recorded_hidden_states(*x_TH.shape, seed).float()
+    tokens, hidden = x_TH.shape
+    return weights, recorded_hidden_states(tokens, hidden, seed).float()
 
 
 KINDS: dict[str, Kind] = {

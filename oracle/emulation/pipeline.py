@@ -8,8 +8,7 @@ Legend: T tokens of all ranks, in rank order; N padded rows of one rank; H hidde
 E experts; K experts per token; R ranks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract, Wire
 from twinmoe.oracle.emulation import activations, casts, combine, dispatch, gemm, routers
+from twinmoe.oracle.emulation.kinds import Inputs
 from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.rounding import Format
-from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
-from twinmoe.reference.weights import MoEWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,46 +44,40 @@ class Emulation:
     sum_ranks: combine.RankSum = combine.rank_order
     store_output: casts.Cast = casts.nearest
 
+    def __str__(self) -> str:
+        """The choices by name, in the data flow's order."""
+        chosen = {field.name: getattr(self, field.name).__name__ for field in fields(self)}
+        return ", ".join(f"{step}={name}" for step, name in chosen.items())
+
     def but(self, **choices: Any) -> Self:
         """The same implementation with some ``choices`` made differently."""
         return replace(self, **choices)
 
     def observe(
-        self,
-        contract: RoundingContract,
-        config: MoEConfig,
-        weights: MoEWeights,
-        hidden_by_rank: Sequence[Tensor],
-        tapped: bool = True,
+        self, contract: RoundingContract, inputs: Inputs, tapped: bool = True
     ) -> list[RankObservation]:
-        """Run one forward of ``weights`` (all experts) on [T_r, H] rows per rank.
+        """Run one forward; without ``tapped`` only outputs are shown.
 
-        Without ``tapped`` only outputs are shown.  Raises ValueError for a layer that is
-        not covered.
+        Raises ValueError for a layer that is not covered.
         """
+        config = inputs.config
         if config.router_weight_on_input or config.dtype is torch.float64:
             raise ValueError(
                 f"router_weight_on_input ({config.router_weight_on_input}) with dtype "
                 f"({config.dtype}) is not emulated: use weights on the output and 16 or 32 bits"
             )
-        return _Forward(self, contract, config, weights, hidden_by_rank).observations(tapped)
+        return _Forward(self, contract, inputs).observations(tapped)
 
 
 class _Forward:
     """One call of :meth:`Emulation.observe`: every intermediate tensor, in order."""
 
-    def __init__(
-        self,
-        how: Emulation,
-        contract: RoundingContract,
-        config: MoEConfig,
-        weights: MoEWeights,
-        hidden_by_rank: Sequence[Tensor],
-    ) -> None:
-        self.how, self.contract, self.config, self.weights = how, contract, config, weights
-        self.counts = [len(hidden) for hidden in hidden_by_rank]
+    def __init__(self, how: Emulation, contract: RoundingContract, inputs: Inputs) -> None:
+        self.how, self.contract = how, contract
+        self.config, self.weights = config, weights = inputs.config, inputs.weights
+        self.counts = [len(hidden) for hidden in inputs.hidden_by_rank]
         self.placement = Placement(config.num_experts, len(self.counts))
-        self.hidden_TH = torch.cat(list(hidden_by_rank))
+        self.hidden_TH = torch.cat(inputs.hidden_by_rank)
         x_TH = self.hidden_TH.float()
         self.ids_TK, self.weights_TK = how.route(
             config, how.logits(x_TH, weights.router_EH.float()), weights.correction_bias_E

@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"gated": False, "num_experts_per_tok": 2},
     "shared": {"shared_expert_intermediate_size": 8, "routed_scaling_factor": 2.0},
     "shared and gated": {"shared_expert_intermediate_size": 8, "shared_expert_gate": True},
-    "weight on input": {"router_weight_on_input": True, "shared_expert_intermediate_size": 8},
+    "weight on input": {"router_weight_on_input": True, "routed_scaling_factor": 2.0},
     "groups and bias": {"n_group": 4, "topk_group": 2, "use_correction_bias": True},
 }
 
@@ -41,7 +41,7 @@ def exact_config(**settings: Any) -> MoEConfig:
         "hidden_size": 16,
         "moe_intermediate_size": 8,
         "num_experts": 8,
-        "num_experts_per_tok": 3,
+        "num_experts_per_tok": 4,
         "scoring_func": "sigmoid",
         "norm_topk_prob": False,
         "hidden_act": "relu",

@@ -109,13 +109,18 @@ def test_a_result_outlives_the_next_replay(runner):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_padding_rows_do_not_leak(runner, poison):
-    """Whatever lies behind the valid rows of the static buffer, no valid row shows it."""
+    """Whatever lies behind the valid rows of the static buffer, no expert computes on it."""
+    runner.layer.taps = {}
     hidden_TH = exact_tokens(CONFIG, 3)
     expected_TH = runner(hidden_TH, max_tokens=8)
     captured = runner.capture(8)
     captured.hidden_NH.fill_(poison)
     assert same_bits(runner(hidden_TH, max_tokens=8), expected_TH)
     assert captured.hidden_NH[3:].count_nonzero() == 5 * CONFIG.hidden_size
+    ids, weights = captured.taps["gathered_ids"], captured.taps["gathered_weights"]
+    assert (ids[3:] == -1).all()
+    assert weights[3:].count_nonzero() == 0
+    assert captured.taps["partial"][3:].count_nonzero() == 0
 
 
 def test_a_bucket_is_captured_once(runner):
@@ -144,7 +149,7 @@ def test_no_gradient_flows_into_the_static_buffers(runner):
 
 
 def test_launches_are_counted_by_replay(runner):
-    """n replays launch each kernel n times as often as one forward does."""
+    """Three replays launch each kernel three times as often as one does."""
     hidden_TH = exact_tokens(CONFIG, 4)
     runner(hidden_TH)
     before = launch.COUNTS.copy()
@@ -161,9 +166,11 @@ def test_no_transport_is_chosen_inside_a_capture(runner):
     """Symmetric memory is allocated before a capture, or not at all; afterwards all is well."""
     layer = runner.layer
     transport = layer.transport
-    with pytest.raises(AllocationDuringCapture, match="select the transport before the capture"):
-        with CpuGraph().capture():
-            layer.set_kill_switch(True)
+    refused = pytest.raises(
+        AllocationDuringCapture, match="select the transport before the capture"
+    )
+    with refused, CpuGraph().capture():
+        layer.set_kill_switch(True)
     assert layer.transport is transport
     with pytest.raises(AllocationDuringCapture), CpuGraph().capture():
         optimized(CONFIG)

@@ -108,7 +108,6 @@ def test_toggling_repeats_the_same_bits_on_a_single_rank():
     check_toggling(0, None)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_toggling_repeats_the_same_bits_on_every_rank(world_size, tmp_path):
+def test_toggling_repeats_the_same_bits_on_every_rank(tmp_path):
     """Eager, graphed, eager, graphed: A, B, A, B; a replay equals its capture."""
-    run_spmd(check_toggling, world_size, tmp_path)
+    run_spmd(check_toggling, 2, tmp_path)

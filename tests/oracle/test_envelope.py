@@ -315,7 +315,7 @@ def test_rounding_holds_the_rounding_of_every_point_and_is_tight(target, seed, e
         stored = round_to(point, target)
         finite = result.radius.isfinite()
         assert_holds(result[finite], stored[finite])
-        reach = torch.maximum(reach, (stored - result.value).abs().nan_to_num(0.0))
+        reach = torch.maximum(reach, (stored - result.value).abs().nan_to_num(0.0, torch.inf))
     assert torch.equal(reach, result.radius)
 
 
@@ -379,7 +379,9 @@ def test_a_total_holds_every_order_of_all_points(accumulator, seed, count, kind)
     dtype = torch.float32 if accumulator is FP32 else torch.bfloat16
     points = RANDOM[kind]((3, 32, count), g).to(dtype)
     low, high = points.double().amin(dim=0), points.double().amax(dim=0)
-    enclosure = total(Enclosure((low + high) / 2, (high - low) / 2 * (1 + 2.0**-50)), 1, accumulator)
+    enclosure = total(
+        Enclosure((low + high) / 2, (high - low) / 2 * (1 + 2.0**-50)), 1, accumulator
+    )
     for point in points:
         for actual in fp32_sums(point[:, None], g):
             assert_holds(enclosure, actual[:, 0])

@@ -57,9 +57,9 @@ def near_boundaries(target: Format, count: int, seed: int) -> Tensor:
     span = torch.tensor([-digits - 2, 3, 260, 2])
     first = torch.tensor([target.min_exponent, -1, target.min_exponent, -target.min_exponent])
     kind = torch.randint(4, (count,), generator=g)
-    exponent = first[kind] + (torch.rand(count, generator=g) * span[kind].abs()).long() * torch.sign(
-        span[kind]
-    )
+    exponent = first[kind] + (
+        torch.rand(count, generator=g) * span[kind].abs()
+    ).long() * torch.sign(span[kind])
     grid = torch.randint(2 ** (digits - 1), 2**digits, (count,), generator=g).double()
     half = torch.randint(2, (count,), generator=g).double() / 2
     hair = torch.tensor([0.0, 2.0**-20, -(2.0**-20), 2.0**-27, -(2.0**-27)])

@@ -1,0 +1,170 @@
+"""How close each path comes to its bounds: ratio, flips and signs over drawn cases."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+
+from twinmoe.oracle.aggregates import flips_of
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.contract import RoundingContract
+from twinmoe.oracle.emulation.remember import RememberingTruth
+from twinmoe.oracle.inputs import hidden_for, weights_for
+from twinmoe.oracle.judgement import judge
+from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.rounding import round_to
+from twinmoe.oracle.subject import SUBJECTS
+from twinmoe.oracle.trial import Answer, observe_case
+from twinmoe.oracle.truth import Truth
+from twinmoe.oracle.world import World
+from twinmoe.reference.config import MoEConfig
+
+EP_SIZES = (1, 2, 4)
+TRANSPORTS = ("alltoall", "p2p", "nvls", "gloo")
+BACKENDS = ("grouped_mm", "triton")
+
+#: Input kinds that cases take in turn: those of real layers, not those of exact tests.
+_VALUES = ("normal", "recorded", "positive", "outlier")
+
+
+@dataclass
+class PathRecord:
+    """What the judged cases of one path at one EP size showed, one entry a case.
+
+    ``ratios`` error over allowed error of the worst element; ``flips`` and ``expected``
+    shares of elements; ``alarms`` the lines of cases that were judged not equivalent.
+    ``signs`` has one entry for each token with flips: their mean direction, +1 away from
+    zero, -1 toward it.
+    """
+
+    path: str
+    ep_size: int
+    ratios: list[float] = field(default_factory=list)
+    flips: list[float] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
+    signs: list[float] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
+
+    def add(self, case: Case, answers: Sequence[Answer], truth: Truth, loosen: float) -> None:
+        """Judge what every rank answered to ``case``."""
+        observations = [answer.observation for answer in answers]
+        contract = answers[0].contract
+        verdict = judge(observations, truth, contract, loosen=loosen)
+        elements = max(verdict.elements, 1)
+        self.ratios.append(verdict.worst_ratio)
+        self.flips.append(verdict.flips / elements)
+        self.expected.append(verdict.expected_flips / elements)
+        self.signs += token_signs(observations, truth, contract)
+        if not verdict.equivalent:
+            self.alarms.append(f"{case}: {verdict}")
+
+    @property
+    def sign_score(self) -> float:
+        """Sum of signs over its standard deviation at most: beyond +-5.4 flips are one-sided.
+
+        Each sign lies in [-1, 1], so P(|score| >= s) <= 2 exp(-s^2 / 2) when flips have no
+        preferred sign (W. Hoeffding, J. Amer. Statist. Assoc. 58, 1963).
+        """
+        return sum(self.signs) / math.sqrt(max(len(self.signs), 1))
+
+
+def token_signs(
+    observations: Sequence[RankObservation], truth: Truth, contract: RoundingContract
+) -> list[float]:
+    """For each token with flips, their mean direction: +1 away from zero, -1 toward it.
+
+    The observations must show the ids that were chosen.
+    """
+    ids_TK = torch.cat([_ids(observation) for observation in observations])
+    weights_TK = truth.routing(contract).weights(ids_TK)
+    sum_TH = truth.stages(contract, ids_TK, weights_TK).sum_TH.value
+    rounded_TH = round_to(sum_TH, contract.output)
+    seen_TH = torch.cat([observation.output_TH for observation in observations]).double()
+    flips = flips_of(seen_TH, rounded_TH, torch.zeros_like(seen_TH))
+    signs: list[float] = flips.sign_T[flips.rate_T > 0].tolist()
+    return signs
+
+
+def _ids(observation: RankObservation) -> torch.Tensor:
+    if observation.taps.ids_TK is None:
+        raise ValueError("an observation without ids_TK has no rounded truth: tap the router")
+    return observation.taps.ids_TK.long()
+
+
+def calibrate_paths(
+    draws: int,
+    seed: int = 0,
+    *,
+    ep_sizes: Sequence[int] = EP_SIZES,
+    transports: Sequence[str] = TRANSPORTS,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    loosen: float = 1.0,
+    advance: Callable[[], None] = lambda: None,
+) -> list[PathRecord]:
+    """Run ``draws`` cases of every path at every EP size, and the reference on the same ones.
+
+    ``advance`` is called after each case.  Raises WorkerFailure when a rank fails.
+    """
+    records: dict[tuple[str, int], PathRecord] = {}
+    with ExitStack() as worlds:
+        for ep_size in ep_sizes:
+            world = worlds.enter_context(World(ep_size, device))
+            cases = calibration_cases(ep_size, transports, dtype, draws, seed)
+            for number, case in enumerate(cases):
+                # every path gets the same draws, so the reference answers them once
+                subjects = tuple(SUBJECTS) if number < draws else ("optimized",)
+                answers = world.run(observe_case, case, subjects)
+                rows = [hidden_for(case, rank) for rank in range(ep_size)]
+                truth = RememberingTruth(case.config, weights_for(case), rows)
+                for subject in subjects:
+                    name = subject if subject == "reference" else _path(case)
+                    record = records.setdefault((name, ep_size), PathRecord(name, ep_size))
+                    record.add(case, [answer[subject] for answer in answers], truth, loosen)
+                advance()
+    return sorted(records.values(), key=lambda record: record.path != "reference")
+
+
+def _path(case: Case) -> str:
+    kind = "eager" if case.transport == "alltoall" else "graphed"
+    return f"{kind}, {case.transport} + {case.backend}"
+
+
+def calibration_cases(
+    ep_size: int, transports: Sequence[str], dtype: torch.dtype, draws: int, seed: int
+) -> list[Case]:
+    """``draws`` dense cases for each transport and backend, the same for the same seed."""
+    return [
+        _drawn(random.Random(f"{seed}/{ep_size}/{draw}"), ep_size, transport, backend, dtype, draw)
+        for transport in transports
+        for backend in BACKENDS
+        for draw in range(draws)
+    ]
+
+
+def _drawn(
+    choose: random.Random, ep_size: int, transport: str, backend: str, dtype: torch.dtype, draw: int
+) -> Case:
+    config = MoEConfig(
+        hidden_size=choose.choice((96, 192, 384)),
+        moe_intermediate_size=choose.choice((40, 64, 128)),
+        num_experts=4 * ep_size,
+        num_experts_per_tok=choose.choice((2, 3)),
+        scoring_func=choose.choice(("softmax", "sigmoid")),
+        routed_scaling_factor=choose.choice((1.0, 2.5)),
+        use_correction_bias=choose.random() < 0.5,
+        shared_expert_intermediate_size=choose.choice((0, 24)),
+        dtype=dtype,
+    )
+    return Case(
+        config=config,
+        tokens=tuple(choose.randint(4, 16) for _ in range(ep_size)),
+        transport=transport,
+        backend=backend,
+        wire="fp32" if transport == "alltoall" else choose.choice(("fp32", "model")),
+        values=_VALUES[draw % len(_VALUES)],
+        seed=choose.randrange(2**20),
+    )

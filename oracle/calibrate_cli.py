@@ -1,0 +1,178 @@
+"""``twinmoe calibrate``: how much slack the bounds leave, and what they see that others miss."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from twinmoe.oracle import plots
+from twinmoe.oracle.calibrate import BACKENDS, EP_SIZES, TRANSPORTS, PathRecord, calibrate_paths
+from twinmoe.oracle.compare_criteria import (
+    CORRECT,
+    SIZES,
+    SUBJECTS,
+    CriteriaTable,
+    compare_criteria,
+)
+from twinmoe.oracle.criteria import CRITERIA, OURS
+from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.reference.config import DTYPES
+
+_console = Console()
+
+
+@click.command()
+@click.option(
+    "--compare-criteria",
+    "comparing",
+    is_flag=True,
+    help="Measure common criteria and ours on the same correct and wrong emulated layers.",
+)
+@click.option(
+    "--draws", type=click.IntRange(1), default=8, show_default=True,
+    help="Layers to compare criteria on, or cases for each path and EP size.",
+)  # fmt: skip
+@click.option(
+    "--size", type=click.Choice(list(SIZES)), default="small", show_default=True,
+    help="Of the layers that criteria are compared on.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True,
+    help="Of the cases that paths run.",
+)  # fmt: skip
+@click.option(
+    "--loosen", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+    help="Multiply every radius by this: judges the judge.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Save a picture.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+def calibrate(comparing: bool, **options: Any) -> None:
+    """Measure the judge: error over allowed error, flips and their signs, path by path.
+
+    With --compare-criteria: the share of mistakes that common criteria and ours see.
+    Exit codes: 0 measured, 1 a correct layer was called wrong, 2 could not run.
+    """
+    try:
+        _check_targets(options["plot"], options["json_file"])
+        alarms = _compare(**options) if comparing else _calibrate(**options)
+    except (plots.PlotError, WorkerFailure, click.ClickException) as error:
+        click.echo(f"twinmoe: {error}", err=True)
+        sys.exit(2)
+    sys.exit(1 if alarms else 0)
+
+
+def _check_targets(plot: Path | None, json_file: Path | None) -> None:
+    """Refuse what could not be saved, before minutes go into measuring it."""
+    if plot is not None:
+        plots.require_matplotlib(plot)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise click.ClickException(
+            f"--json ({json_file}) cannot be written: {json_file.parent} is not a directory; "
+            "create it first"
+        )
+
+
+def _compare(
+    draws: int,
+    size: str,
+    seed: int,
+    loosen: float,
+    plot: Path | None,
+    json_file: Path | None,
+    **_unused: Any,
+) -> bool:
+    with _progress("comparing criteria", draws * len(SUBJECTS)) as advance:
+        table = compare_criteria(draws, size, seed, loosen=loosen, advance=advance)
+    _console.print(criteria_table(table))
+    if plot is not None:
+        plots.draw_criteria(table, plot)
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(table), indent=2), encoding="utf-8")
+    return table.flagged[OURS][CORRECT] > 0
+
+
+def _calibrate(
+    draws: int,
+    dtype: str,
+    seed: int,
+    loosen: float,
+    plot: Path | None,
+    json_file: Path | None,
+    **_unused: Any,
+) -> bool:
+    total = draws * len(EP_SIZES) * len(TRANSPORTS) * len(BACKENDS)
+    with _progress("running paths", total) as advance:
+        records = calibrate_paths(draws, seed, dtype=DTYPES[dtype], loosen=loosen, advance=advance)
+    _console.print(path_table(records))
+    alarms = [line for record in records for line in record.alarms]
+    for line in alarms:
+        _console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plot is not None:
+        plots.draw_paths(records, plot)
+    if json_file is not None:
+        measured = [asdict(record) for record in records]
+        json_file.write_text(json.dumps(measured, indent=2), encoding="utf-8")
+    return bool(alarms)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def criteria_table(table: CriteriaTable) -> Table:
+    """One row per subject, one column per criterion, in percent of the draws."""
+    shown = Table(
+        title=f"% of {table.draws} layers called wrong ({table.size}, bf16, seed {table.seed})",
+        title_justify="left",
+    )
+    shown.add_column("subject", no_wrap=True)
+    for name in CRITERIA:
+        shown.add_column(name, justify="right", overflow="fold")
+    for subject in SUBJECTS:
+        cells = []
+        for name in CRITERIA:
+            share = table.share(name, subject)
+            right = share == 0 if subject == CORRECT else share == 1
+            cells.append(f"{100 * share:.0f}" if right else f"[red]{100 * share:.0f}[/red]")
+        shown.add_row(subject, *cells)
+    return shown
+
+
+def path_table(records: Sequence[PathRecord]) -> Table:
+    """One row per path and EP size: the slack of its bounds, and what its flips look like."""
+    shown = Table(title="error / allowed error and flips of correct paths", title_justify="left")
+    shown.add_column("path", no_wrap=True)
+    for name in ("EP", "cases", "worst ratio", "median", "flips", "expected at most", "sign score"):
+        shown.add_column(name, justify="right")
+    for record in records:
+        worst = max(record.ratios)
+        shown.add_row(
+            record.path,
+            str(record.ep_size),
+            str(len(record.ratios)),
+            f"[red]{worst:.2f}[/red]" if record.alarms else f"{worst:.2f}",
+            f"{median(record.ratios):.2f}",
+            f"{100 * mean(record.flips):.2f} %",
+            f"{100 * mean(record.expected):.2f} %",
+            f"{record.sign_score:+.1f}",
+        )
+    return shown

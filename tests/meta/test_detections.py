@@ -1,0 +1,158 @@
+"""The judge sees every planted mistake, names its stage, and needs no taps to see it.
+
+Legend: T tokens, H hidden_size, I moe_intermediate_size, E experts, K experts per token.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from twinmoe.oracle import Verdict, judge
+from twinmoe.oracle.emulation import MISTAKES, PATHS, Emulation, Inputs, draw_inputs
+from twinmoe.oracle.emulation.gemm import blocked
+from twinmoe.oracle.emulation.remember import RememberingTruth
+from twinmoe.reference.config import MoEConfig, dtype_name
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: T, H, I, E, K and the number of ranks.
+SMALL = (16, 64, 40, 8, 2, 2)
+LARGE = (16, 2048, 768, 16, 8, 8)
+
+#: Where every stage has a tap of its own: shares on a wire, or each slot's output.
+TAPPED_PATHS = (
+    "p2p grouped_mm, fp32 wire",
+    "p2p triton, fp32 wire",
+    "p2p grouped_mm, model wire",
+    "nvls grouped_mm, fp32 wire",
+    "nvls triton, model wire",
+    "gloo triton, fp32 wire",
+    "alltoall grouped_mm",
+    "alltoall triton",
+)
+
+
+#: Mistakes of one rounding, which only bounds as tight as ours can see at this width.
+NEAR_THE_EDGE = (
+    "bf16 combine accumulator",
+    "bf16 GEMM2 partial sums",
+    "truncating cast",
+    "bf16 router weights",
+    "bf16 router logits",
+)
+
+
+@cache
+def inputs_and_truth(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> tuple[Inputs, RememberingTruth]:
+    """Draw one layer: the small one far from neutral, the large one as published ones are."""
+    tokens, hidden, intermediate, experts, k, ranks = size
+    config = MoEConfig(
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
+        num_experts=experts,
+        num_experts_per_tok=k,
+        scoring_func="sigmoid",
+        use_correction_bias=True,
+        dtype=dtype,
+    )
+    if size is SMALL:
+        config = replace(config, routed_scaling_factor=2.5, shared_expert_intermediate_size=24)
+    inputs = draw_inputs("normal", config, (tokens // ranks,) * ranks, seed)
+    return inputs, inputs.truth()
+
+
+def verdict_on(
+    mistake: str,
+    path: str,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    tapped: bool,
+    seed: int = 0,
+    loosen: float = 1.0,
+) -> Verdict:
+    """Judge ``path`` with ``mistake`` made ("": none)."""
+    inputs, truth = inputs_and_truth(size, dtype, seed)
+    contract = PATHS[path].contract(inputs.config)
+    subject: Emulation = PATHS[path].plain()
+    if size is LARGE:
+        subject = subject.but(logits=blocked, gate_up=blocked, down=blocked)
+    if mistake:
+        subject = MISTAKES[mistake].into(subject)
+    return judge(subject.observe(contract, inputs, tapped), truth, contract, loosen=loosen)
+
+
+def paths_broken_by(mistake: str, dtype: torch.dtype) -> list[tuple[int, str]]:
+    """Return the paths whose contract forbids the mistake, each with a seed of its own."""
+    inputs, _ = inputs_and_truth(SMALL, dtype, 0)
+    return [
+        (seed, path)
+        for seed, path in enumerate(TAPPED_PATHS)
+        if MISTAKES[mistake].breaks(PATHS[path].contract(inputs.config))
+    ]
+
+
+def blamed(mistake: str, path: str) -> str:
+    """Return the stage that the judge must name."""
+    inputs, _ = inputs_and_truth(SMALL, torch.bfloat16, 0)
+    return MISTAKES[mistake].blamed(PATHS[path].contract(inputs.config))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_small_case_shows_every_mistake(mistake: str, dtype: torch.dtype) -> None:
+    """On 16 tokens of width 64, each mistake is found, and its stage named, on every path."""
+    for seed, path in paths_broken_by(mistake, dtype):
+        verdict = verdict_on(mistake, path, SMALL, dtype, True, seed)
+        assert verdict.culprit is not None, f"{path}: {verdict}"
+        assert verdict.culprit.stage == blamed(mistake, path), f"{path}: {verdict}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_outputs_alone_show_every_mistake(mistake: str, dtype: torch.dtype) -> None:
+    """Without a single tap, each mistake is found end to end."""
+    for seed, path in paths_broken_by(mistake, dtype):
+        verdict = verdict_on(mistake, path, SMALL, dtype, False, seed)
+        assert verdict.culprit is not None, f"{path}: {verdict}"
+        assert verdict.culprit.stage == "output", f"{path}: {verdict}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_the_subject_without_a_mistake_passes(dtype: torch.dtype) -> None:
+    """What the mistakes are planted into is correct, so they alone are found."""
+    for path in TAPPED_PATHS:
+        for tapped in (True, False):
+            verdict = verdict_on("", path, SMALL, dtype, tapped)
+            assert verdict.equivalent, f"{path}: {verdict}"
+            assert verdict.slots_visible == verdict.slots, str(verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["", *MISTAKES])
+def test_a_large_case_shows_every_mistake(mistake: str) -> None:
+    """At width 2048 with 8 ranks, bf16: found and named with taps, and found without."""
+    path = "p2p grouped_mm, fp32 wire"
+    tapped = verdict_on(mistake, path, LARGE, torch.bfloat16, True)
+    bare = verdict_on(mistake, path, LARGE, torch.bfloat16, False)
+    if not mistake:
+        assert tapped.equivalent, str(tapped)
+        assert bare.equivalent, str(bare)
+        assert bare.slots_visible == bare.slots, str(bare)
+        return
+    assert tapped.culprit is not None, str(tapped)
+    assert tapped.culprit.stage == blamed(mistake, path), str(tapped)
+    assert bare.culprit is not None, str(bare)
+    assert bare.culprit.stage == "output", str(bare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", NEAR_THE_EDGE)
+def test_a_loosened_judge_lets_mistakes_through(mistake: str) -> None:
+    """With every radius 8 times as wide, single wrong roundings go unseen: the bounds bite."""
+    path = "p2p grouped_mm, fp32 wire"
+    verdict = verdict_on(mistake, path, LARGE, torch.bfloat16, tapped=False, loosen=8.0)
+    assert verdict.equivalent, str(verdict)

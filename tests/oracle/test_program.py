@@ -1,0 +1,99 @@
+"""``twinmoe`` as a program of its own: however it ends, nothing of it is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinmoe.oracle import cli
+
+NARROW = ["--mode", "eager", "--dtype", "bf16"]
+
+
+class Program:
+    """``twinmoe`` in a process and session of its own, whose descendants can be recognised."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.mark = f"TWINMOE_CLI_TEST={uuid.uuid4().hex}"
+        name, _, value = self.mark.partition("=")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), name: value}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "twinmoe.oracle", *arguments],
+            env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.family():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def family(self) -> list[int]:
+        """Return the living processes that carry this program's mark, itself included."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def wait_for(self, truth: Callable[[], Any], seconds: float) -> None:
+        """Wait until ``truth``; fail if it does not come."""
+        deadline = time.monotonic() + seconds
+        while not truth():
+            assert time.monotonic() < deadline, f"not in {seconds} s"
+            time.sleep(0.05)
+
+
+def segments() -> set[str]:
+    """Return the names in /dev/shm of our segments whose process is gone."""
+    names = {path.name for path in Path("/dev/shm").glob("twinmoe-*")}
+    return {name for name in names if not Path(f"/proc/{name.split('-')[1]}").exists()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_terminal", [True, False])
+def test_ctrl_c_leaves_nothing_and_gives_no_verdict(whole_terminal: bool) -> None:
+    """Interrupted in the middle, as a terminal or as kill does it: exit 130, one line, no child."""
+    before = segments()
+    with Program("check", "--ep", "2", *NARROW, "--cases", "5000") as program:
+        # itself, multiprocessing's two servers, and two workers that run cases
+        program.wait_for(lambda: len(program.family()) >= 5, 60)
+        time.sleep(1)
+        if whole_terminal:
+            os.killpg(program.process.pid, signal.SIGINT)
+        else:
+            program.process.send_signal(signal.SIGINT)
+        stdout, stderr = program.process.communicate(timeout=30)
+        assert program.process.returncode == cli.INTERRUPTED
+        assert stderr.strip() == "twinmoe: interrupted; no verdict"
+        assert "equivalent" not in stdout
+        program.wait_for(lambda: not program.family(), 10)
+    assert segments() <= before
+
+
+@pytest.mark.slow
+def test_a_check_whose_workers_die_leaves_nothing_behind() -> None:
+    """Killed ranks: exit 1, each cell's death told by name, no process and no segment left."""
+    before = segments()
+    arguments = ["--ep", "2", "--transport", "p2p,alltoall", *NARROW, "--fault", "killed_worker"]
+    with Program("check", *arguments) as program:
+        stdout, stderr = program.process.communicate(timeout=90)
+        assert program.process.returncode == cli.NOT_EQUIVALENT, stderr
+        assert stdout.count("WorkerDied: rank 1 was killed by signal 9 (SIGKILL)") == 2
+        assert "NOT equivalent: 2 cases in 2 cells" in stdout
+        assert stderr == ""
+        program.wait_for(lambda: not program.family(), 10)
+    assert segments() <= before
