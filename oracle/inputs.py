@@ -23,6 +23,9 @@ _ADVANTAGE = 12.0
 #: Value of the hidden channel that carries that advantage.
 _CARRIER = 4.0
 
+#: What the other channels then still say: outliers on the loudest rank must not outvote it.
+_BACKGROUND = 1 / 64
+
 
 def weights_for(case: Case, experts: range | None = None) -> MoEWeights:
     """Weights of ``experts`` (None: all), with the router shaped as the case asks."""
@@ -104,7 +107,7 @@ def _router(case: Case, router_EH: Tensor) -> Tensor:
         nudge = 1 + torch.finfo(dtype).eps
         paired[1::2, 0] = (paired[1::2, 0].float() * nudge).to(dtype)
         return paired
-    favoured = router_EH.clone()
+    favoured = router_EH * _BACKGROUND
     favoured[:, 0] = 0
     favoured[_targets(case, generator), 0] = _ADVANTAGE / _CARRIER
     return favoured

@@ -81,18 +81,19 @@ def _groups(experts: int) -> st.SearchStrategy[tuple[int, int]]:
 
 @st.composite
 def token_counts(draw: st.DrawFn, ep_size: int) -> tuple[int, ...]:
-    """Tokens per rank: ragged, one rank only, all but one, equal, none at all."""
-    one = st.sampled_from(TOKEN_COUNTS)
-    pattern = draw(st.sampled_from(("ragged", "one rank", "all but one", "equal", "none")))
+    """Tokens per rank: ragged, one rank only, all but one, equal; no tokens at all is a corner."""
+    some = st.sampled_from([count for count in TOKEN_COUNTS if count])
+    pattern = draw(st.sampled_from(("ragged", "one rank", "all but one", "equal")))
     rank = draw(st.integers(0, ep_size - 1))
-    count = draw(one)
+    count = draw(some)
     if pattern == "ragged":
-        return tuple(draw(one) for _ in range(ep_size))
+        others = st.sampled_from(TOKEN_COUNTS)
+        return tuple(count if r == rank else draw(others) for r in range(ep_size))
     if pattern == "one rank":
         return tuple(count if r == rank else 0 for r in range(ep_size))
-    if pattern == "all but one":
+    if pattern == "all but one" and ep_size > 1:
         return tuple(0 if r == rank else count for r in range(ep_size))
-    return (count if pattern == "equal" else 0,) * ep_size
+    return (count,) * ep_size
 
 
 @st.composite
@@ -174,7 +175,7 @@ CORNERS: dict[str, Corner] = {
     ),
     "k = E": lambda c: _case(c, num_experts_per_tok=c.ep_size * 3),
     "one expert a rank": lambda c: _case(
-        c, num_experts=max(c.ep_size, 2), num_experts_per_tok=min(c.ep_size, 2)
+        c, num_experts=c.ep_size, num_experts_per_tok=min(c.ep_size, 2)
     ),
     "sizes beside every tile": lambda c: _case(c, hidden_size=33, moe_intermediate_size=17),
     "exact ties": lambda c: _case(c, routing="ties", num_experts=c.ep_size * 4),

@@ -62,6 +62,12 @@ class Verdict:
 
     def __str__(self) -> str:
         culprit = self.culprit
+        if not self.conclusive and culprit is None:
+            return (
+                f"inconclusive under {self.contract.name}: {self.ambiguous} of {self.tokens} "
+                "tokens have near-tied scores and the subject shows no expert ids; show them "
+                "(Taps.ids_TK), or draw other inputs"
+            )
         if culprit is None:
             return (
                 f"equivalent under {self.contract.name}: worst ratio {self.worst_ratio:.2f}, "

@@ -77,8 +77,8 @@ def test_only_the_envelope_sees_everything() -> None:
 
 
 def test_paths_are_measured() -> None:
-    """Each path of one rank is judged once per draw, and so is the reference, without alarm."""
-    records = calibrate_paths(2, seed=4, ep_sizes=(1,), transports=("alltoall", "p2p"))
+    """Each path of one rank is judged, and so is the reference, without alarm."""
+    records = calibrate_paths(1, seed=4, ep_sizes=(1,), transports=("alltoall", "p2p"))
     assert [record.path for record in records] == [
         "reference",
         "eager, alltoall + grouped_mm",
@@ -88,7 +88,7 @@ def test_paths_are_measured() -> None:
     ]
     for record in records:
         assert record.alarms == []
-        assert len(record.ratios) == len(record.flips) == len(record.expected) == 2
+        assert len(record.ratios) == len(record.flips) == len(record.expected) == 1
         assert max(record.ratios) <= 1
         assert abs(record.sign_score) < 5.4
 
