@@ -1,4 +1,4 @@
-"""The command line: ``twinmoe check``, ``replay`` and ``doctor``.
+"""The command line: ``twinmoe check``, ``replay``, ``doctor``, ``contracts``, ``calibrate``.
 
 Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 130 interrupted.
 """
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import report
+from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.failures import WorkerFailure
@@ -241,6 +242,9 @@ def doctor() -> None:
 def contracts(dtype: str) -> None:
     """Show where each path declares that it rounds: what the judge holds it to."""
     _console.print(report.contract_table(DTYPES[dtype]))
+
+
+main.add_command(calibrate)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ def token_counts(draw: st.DrawFn, ep_size: int) -> tuple[int, ...]:
 
 
 @st.composite
-def cases(
-    draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: str = "cpu"
-) -> Case:
+def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: str = "cpu") -> Case:
     """A case of ``cell``; with ``model``, of that geometry in the cell's dtype."""
     if model is None:
         config = draw(configs(cell.ep_size, cell.dtype))

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -140,28 +140,21 @@ def _judge(answers: Sequence[Answer], truth: Truth) -> Verdict:
     """Judge the numbers, and that all ranks took, and really ran, the claimed path."""
     verdict = judge([answer.observation for answer in answers], truth, answers[0].contract)
     for rank, answer in enumerate(answers):
-        if answer.contract != answers[0].contract:
-            verdict.findings.append(
-                Finding(
-                    "dispatch",
-                    rank,
-                    None,
-                    None,
-                    f"rank {rank} runs {answer.contract.name}, rank 0 {answers[0].contract.name}: "
-                    "all ranks must take the same path",
-                )
-            )
-        launched = {name.partition("[")[0] for name in answer.observation.launches}
-        missing = sorted(answer.required - launched)
-        if missing:
-            verdict.findings.append(
-                Finding(
-                    "dispatch",
-                    rank,
-                    None,
-                    None,
-                    f"rank {rank} claims {answer.observation.path!r}, but never launched "
-                    f"{', '.join(missing)}",
-                )
-            )
+        for complaint in _untrue_claims(rank, answer, answers[0].contract):
+            verdict.findings.append(Finding("dispatch", rank, None, None, complaint))
     return verdict
+
+
+def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[str]:
+    if answer.contract != agreed:
+        yield (
+            f"rank {rank} runs {answer.contract.name}, rank 0 {agreed.name}: all ranks must take "
+            "the same path"
+        )
+    launched = {name.partition("[")[0] for name in answer.observation.launches}
+    missing = sorted(answer.required - launched)
+    if missing:
+        yield (
+            f"rank {rank} claims {answer.observation.path!r}, but never launched "
+            f"{', '.join(missing)}"
+        )
