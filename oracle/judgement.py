@@ -34,8 +34,8 @@ from twinmoe.oracle.verdict import Finding, Verdict
 #: Above this share of near-tied tokens, a case without an ids tap proves nothing.
 AMBIGUOUS_SHARE = 0.05
 
-#: Without an ids tap, so many admissible answers of a near-tied token are tried.
-CANDIDATES = 16
+#: Without an ids tap, so many answers of a near-tied token are tried.
+CANDIDATES = 32
 
 
 def judge(
@@ -102,7 +102,7 @@ class _Judgement:
         if self.evidence.ids_TK is None:
             share = self.verdict.ambiguous / max(self.verdict.tokens, 1)
             self.verdict.conclusive = share <= AMBIGUOUS_SHARE
-            return self._likeliest(ambiguous)
+            return self._likeliest(ambiguous) if self.verdict.conclusive else exact
         observed = self.evidence.ids_TK.long()
         experts = self.truth.config.num_experts
         valid = ((observed >= 0) & (observed < experts)).all(dim=-1)

@@ -11,7 +11,7 @@ Legend: T tokens, H hidden_size, E experts, G groups, K experts per token.
 """
 
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor
@@ -135,25 +135,25 @@ class RoutingTruth:
         return near if self.config.n_group == 1 else near | self._groups_ambiguous()
 
     def candidates(self, token: int, limit: int) -> list[Tensor]:
-        """All admissible answers [K] for one token, best first; at most ``limit``.
+        """Admissible answers [K] for one token, the exact one first.
 
-        For a subject that shows no ids.  Experts that belong to every or to no admissible
-        answer are fixed; the near-tied rest is enumerated.
+        For a subject that shows no ids.  Experts certainly chosen stay; the first ``limit``
+        combinations of the near-tied rest are tried, best scores first.
         """
         low, high = (bound[token] for bound in self._interval())
-        k = self.config.num_experts_per_tok
         exact = self.ids_TK[token]
-        order = high.argsort(descending=True, stable=True)
-        worst_in = low[exact].min()
-        near = [int(e) for e in order if high[e] >= worst_in]
-        found = [exact]
-        for chosen in combinations(near, k):
-            ids = torch.tensor(chosen)
-            if len(found) >= limit:
-                break
-            if set(chosen) != set(exact.tolist()) and self._one_admissible(token, ids):
-                found.append(ids)
-        return found
+        chosen = torch.zeros_like(low, dtype=torch.bool).scatter_(0, exact, True)
+        best_out = torch.where(chosen, -torch.inf, high).max()
+        worst_in = torch.where(chosen, low, torch.inf).min()
+        certain = chosen & (low > best_out)
+        near = (~certain & (high >= worst_in)).nonzero().flatten()
+        near = near[high[near].argsort(descending=True, stable=True)].tolist()
+        free = self.config.num_experts_per_tok - int(certain.sum())
+        answers = [
+            torch.cat([certain.nonzero().flatten(), torch.tensor(rest, dtype=torch.int64)])
+            for rest in islice(combinations(near, free), limit)
+        ]
+        return [exact, *(ids for ids in answers if self._one_admissible(token, ids))]
 
     def _one_admissible(self, token: int, ids_K: Tensor) -> bool:
         alone = replace(

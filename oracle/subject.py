@@ -27,6 +27,12 @@ from twinmoe.reference.weights import MoEWeights
 #: Row counts per rank for which graphs are captured.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+#: What each expert backend launches on the graphed path.
+_KERNELS = {
+    "grouped_mm": ("sort_slots", "expert_activation", "combine_slots"),
+    "triton": ("sort_slots", "expert_gate_up", "expert_down", "combine_slots"),
+}
+
 _TIERS = {"nvls": Tier.NVLS, "p2p": Tier.P2P, "gloo": Tier.COLLECTIVE, "nccl": Tier.COLLECTIVE}
 
 
@@ -34,12 +40,16 @@ class Subject(Protocol):
     """A layer on one rank, ready to answer.
 
     ``contract`` is what it promises; ``observe`` runs one forward [T, H] -> [T, H] and
-    shows what happened.  ``required`` names the kernels or collectives that a true account
-    of the path must have counted.
+    shows what happened.  ``required`` names the kernels and collectives that a true account
+    of that forward must have counted; no other gather or scatter may have run.
     """
 
     contract: RoundingContract
-    required: frozenset[str]
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Names as counted by :mod:`twinmoe.optimized.launch`."""
+        ...
 
     def observe(self, hidden_TH: Tensor) -> RankObservation:
         """Run one forward."""
@@ -101,10 +111,23 @@ class OptimizedSubject:
         backend = self.layer.experts.backend_name
         if case.transport == "alltoall":
             self.contract = eager_contract(case.config, backend)
-            self.required = frozenset[str]()
         else:
             self.contract = graphed_contract(case.config, backend, case.transport, wire)
-            self.required = frozenset({"all_gather", "reduce_scatter"})
+
+    @property
+    def required(self) -> frozenset[str]:
+        """What the last forward must have launched; alltoall dispatch has no kernel of its own.
+
+        A shape too narrow for multicast goes peer to peer, and the transport says so.
+        """
+        if self.case.transport == "alltoall":
+            return frozenset()
+        report = self.layer.transport.report()
+        names = set(_KERNELS[self.layer.experts.backend_name])
+        for collective in ("all_gather", "reduce_scatter"):
+            narrow = any(call.startswith(collective) for call in report.shape_refusals)
+            names.add(f"{collective}[{Tier.P2P.value if narrow else report.label}]")
+        return frozenset(names)
 
     def observe(self, hidden_TH: Tensor) -> RankObservation:
         """Run one forward and show every intermediate tensor."""

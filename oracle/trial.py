@@ -151,10 +151,15 @@ def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Itera
             f"rank {rank} runs {answer.contract.name}, rank 0 {agreed.name}: all ranks must take "
             "the same path"
         )
-    launched = {name.partition("[")[0] for name in answer.observation.launches}
-    missing = sorted(answer.required - launched)
-    if missing:
+    launched = answer.observation.launches.keys()
+    if missing := sorted(answer.required - launched):
         yield (
             f"rank {rank} claims {answer.observation.path!r}, but never launched "
             f"{', '.join(missing)}"
+        )
+    moved = {name for name in launched if name.startswith(("all_gather[", "reduce_scatter["))}
+    if foreign := sorted(moved - answer.required):
+        yield (
+            f"rank {rank} claims {answer.observation.path!r}, but also launched "
+            f"{', '.join(foreign)}"
         )

@@ -41,14 +41,6 @@ def reference(
     return RankObservation(out_TH, taps if tapped else Taps(), path="reference")
 
 
-def split(
-    observation: RankObservation, counts: Sequence[int]
-) -> tuple[list[RankObservation], list[int]]:
-    """Deal the rows of a single rank's observation to several ranks."""
-    outputs = observation.output_TH.split(list(counts))
-    return [RankObservation(output_TH, path=observation.path) for output_TH in outputs], list(counts)
-
-
 @dataclass(frozen=True, eq=False)
 class Graphed:
     """All-gather, experts on the routing map, reduce-scatter in the order of ranks.

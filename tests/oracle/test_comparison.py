@@ -38,7 +38,7 @@ def intervals(shape: tuple[int, ...], exponent: int, g: torch.Generator) -> Encl
     return Enclosure(value, torch.where(torch.rand(shape, generator=g) < 0.1, 0.0, width))
 
 
-# --- inside and outside ---------------------------------------------------------------------
+# --- inside and outside ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -111,7 +111,7 @@ def test_an_empty_tensor_is_inside():
     assert (result.elements, result.worst_ratio, bool(result.outside.any())) == (0, 0.0, False)
 
 
-# --- classes --------------------------------------------------------------------------------
+# --- classes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", [None, FP16], ids=["kept", "stored"])
@@ -150,7 +150,7 @@ def test_an_interval_across_overflow_accepts_both_sides():
     assert compare(seen, truth, FP16).outside.tolist() == [False, False, True, True]
 
 
-# --- flips: what no single element shows ------------------------------------------------------
+# --- flips: what no single element shows -----------------------------------------------------
 
 
 def flips(rate_T: Tensor, expected: float, sign_T: Tensor | None = None) -> aggregates.Flips:

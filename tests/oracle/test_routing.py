@@ -65,7 +65,7 @@ def truth_of_scores(config: MoEConfig, value_E: Tensor, radius_E: Tensor) -> Rou
     return RoutingTruth(config, inexact, scores, scores, bias_E, ids_1K, FP32)
 
 
-# --- brute force: every score on a grid inside its interval, every way to break a tie ------
+# --- brute force: every score on a grid inside its interval, every way to break a tie --------
 
 
 def reachable(config: MoEConfig, value_E: Tensor, radius_E: Tensor) -> set[tuple[int, ...]]:
@@ -163,7 +163,7 @@ def test_some_group_fills_the_last_place():
     assert admitted(truth_of_scores(config, value_E, radius_E)) == {(2,), (4,)}
 
 
-# --- ties ---------------------------------------------------------------------------------
+# --- ties ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
@@ -213,7 +213,7 @@ def test_the_references_ties_are_admissible(seed):
     assert truth.admissible(TopKRouter(config, weights)(x_TH).ids_TK).all()
 
 
-# --- what is no answer at all ---------------------------------------------------------------
+# --- what is no answer at all ----------------------------------------------------------------
 
 
 @given(drawn=uncertain_scores(grouped=True))
@@ -251,7 +251,7 @@ def test_the_reference_is_admissible_when_one_expert_scores_nan(scoring):
     assert truth_of(config, weights, x_TH).admissible(routing.ids_TK).all()
 
 
-# --- selection and weights against the reference --------------------------------------------
+# --- selection and weights against the reference ---------------------------------------------
 
 
 @given(config=fp64_configs(), seed=seeds)
@@ -268,7 +268,9 @@ def test_the_exact_selection_is_the_references_in_fp64(config, seed):
 
 
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@example(config=config_of(8, 1, scoring_func="sigmoid", hidden_size=9), seed=0, scale=100.0, factor=0.1)
+@example(
+    config=config_of(8, 1, scoring_func="sigmoid", hidden_size=9), seed=0, scale=100.0, factor=0.1
+)
 @given(
     config=fp64_configs(),
     seed=seeds,
@@ -316,7 +318,7 @@ def test_weights_cast_to_the_models_dtype_are_outside(dtype):
     assert compare(routing.weights_TK.to(dtype), allowed).outside.double().mean() > 0.7
 
 
-# --- ambiguity ------------------------------------------------------------------------------
+# --- ambiguity -------------------------------------------------------------------------------
 
 
 @given(drawn=uncertain_scores(grouped=False))
@@ -358,7 +360,7 @@ def test_exact_ties_are_not_ambiguous():
     assert not truth.ambiguous().any()
 
 
-# --- candidates for subjects without ids ----------------------------------------------------
+# --- candidates for subjects without ids -----------------------------------------------------
 
 
 @given(drawn=uncertain_scores(grouped=False))
@@ -386,3 +388,21 @@ def test_candidates_are_limited():
     config = config_of(6, 3)
     truth = truth_of_scores(config, torch.full((6,), 5), torch.ones(6))
     assert len(truth.candidates(0, limit=7)) == 7
+
+
+def test_candidates_are_found_without_trying_every_set(monkeypatch):
+    """Eight near-tied groups of eight, one of them kept whole: 8 answers among 4 billion sets."""
+    config = config_of(64, 8, n_group=8, topk_group=1)
+    truth = truth_of_scores(config, torch.full((64,), 5), torch.ones(64))
+    asked = []
+
+    def counted(self: RoutingTruth, ids_TK: Tensor) -> Tensor:
+        asked.append(len(ids_TK))
+        if len(asked) > 1000:
+            pytest.fail("asked about more than 1000 sets")
+        return admissible(self, ids_TK)
+
+    admissible = RoutingTruth.admissible
+    monkeypatch.setattr(RoutingTruth, "admissible", counted)
+    found = {tuple(ids.tolist()) for ids in truth.candidates(0, limit=16)}
+    assert found == {tuple(range(8 * group, 8 * group + 8)) for group in range(8)}

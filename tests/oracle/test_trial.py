@@ -143,7 +143,20 @@ def test_a_claim_without_launches_is_refused(trial: Trial) -> None:
     assert culprit is not None
     assert (culprit.stage, culprit.rank) == ("dispatch", 1)
     assert "rank 1 claims 'graphed: p2p" in culprit.message
-    assert "never launched reduce_scatter" in culprit.message
+    assert "never launched" in culprit.message
+    assert "reduce_scatter[p2p]" in culprit.message
+
+
+def test_another_transport_than_the_claimed_one_is_refused(trial: Trial) -> None:
+    """A rank that ran its claimed collectives and those of another tier is found out."""
+
+    def forge(answer: Answer) -> Answer:
+        launches = answer.observation.launches + Counter({"all_gather[gloo]": 1})
+        return replace(answer, observation=replace(answer.observation, launches=launches))
+
+    culprit = judged(trial, forge).culprit
+    assert culprit is not None
+    assert "but also launched all_gather[gloo]" in culprit.message
 
 
 def test_ranks_on_different_paths_are_refused(trial: Trial) -> None:

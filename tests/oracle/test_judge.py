@@ -1,0 +1,391 @@
+"""The judgement: who is acquitted, who is not, at which stage, and in which words.
+
+Legend: T tokens, H hidden_size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.oracle.subjects import Fault, Graphed, reference
+from tests.reference.inputs import tokens
+from twinmoe.oracle import RankObservation, RoundingContract, Taps, Truth, Verdict, judge
+from twinmoe.oracle.contracts import graphed_contract, reference_contract
+from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.weights import MoEWeights
+
+COUNTS = (40, 0, 33, 24)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def layer(dtype: torch.dtype = torch.bfloat16, **changes: object) -> tuple[MoEConfig, MoEWeights]:
+    """Return a layer with every term visible, and its weights."""
+    config = MoEConfig(
+        **{  # type: ignore[arg-type]
+            "hidden_size": 64,
+            "moe_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 2.5,
+            "shared_expert_intermediate_size": 24,
+            "dtype": dtype,
+            **changes,
+        }
+    )
+    return config, MoEWeights.random(config, 3)
+
+
+def graphed(
+    faults: dict[str, Fault] | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Graphed, Truth, RoundingContract]:
+    """Return a graphed layer of four ranks, its truth and its contract."""
+    config, weights = layer(dtype)
+    hidden = [tokens(config, count, seed) for seed, count in enumerate(COUNTS)]
+    contract = graphed_contract(config, "grouped_mm", "p2p", torch.float32)
+    return Graphed(config, weights, hidden, faults or {}), Truth(config, weights, hidden), contract
+
+
+def verdict_of(faults: dict[str, Fault] | None = None, tapped: bool = True) -> Verdict:
+    """Judge a graphed layer, with something wrong or without."""
+    subject, truth, contract = graphed(faults)
+    return judge(subject.observe(tapped), truth, contract)
+
+
+def on_rank(which: int, change: Callable[[Tensor], Tensor]) -> Fault:
+    """Return a fault of one rank only."""
+    return lambda rank, tensor: change(tensor) if rank == which else tensor
+
+
+# --- acquittals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tapped", [True, False], ids=["tapped", "untapped"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_correct_graphed_layer_is_equivalent(dtype, tapped):
+    """Four ranks, one of them empty, NaN in the padding rows: no finding, every slot visible."""
+    subject, truth, contract = graphed(dtype=dtype)
+    verdict = judge(subject.observe(tapped), truth, contract)
+    assert verdict.equivalent, str(verdict)
+    assert verdict.culprit is None
+    assert verdict.worst_ratio <= 1
+    assert verdict.elements == sum(COUNTS) * 64
+    assert verdict.slots == verdict.slots_visible == sum(COUNTS) * 3
+    assert str(verdict).startswith("equivalent under ")
+
+
+@pytest.mark.parametrize("tapped", [True, False], ids=["tapped", "untapped"])
+def test_an_empty_batch_is_equivalent(tapped):
+    """No tokens on any rank: nothing is wrong, and nothing divides by zero."""
+    config, weights = layer()
+    hidden = [tokens(config, 0, 0)] * 2
+    contract = graphed_contract(config, "grouped_mm", "p2p", torch.float32)
+    observed = Graphed(config, weights, hidden).observe(tapped)
+    verdict = judge(observed, Truth(config, weights, hidden), contract)
+    assert verdict.equivalent, str(verdict)
+    assert (verdict.tokens, verdict.elements, verdict.flips) == (0, 0, 0)
+
+
+def test_what_lies_in_padding_rows_is_not_judged():
+    """Only the valid rows of the gathered tensors and of the shares count."""
+
+    def poison(_rank: int, padded: Tensor) -> Tensor:
+        rows = len(padded) // len(COUNTS)
+        for rank, count in enumerate(COUNTS):
+            padded[rank * rows + count : (rank + 1) * rows] = 77.0
+        return padded
+
+    assert verdict_of({"partial": poison}).equivalent
+    assert verdict_of({"gathered_hidden": poison}).equivalent
+
+
+def test_nan_and_infinite_tokens_are_the_layers_business():
+    """A token of NaN and one that overflows are judged by class, the others as ever."""
+    config, weights = layer(torch.float16)
+    x_TH = tokens(config, 32, 1)
+    x_TH[3], x_TH[7] = torch.nan, 60000.0
+    truth, contract = Truth(config, weights, [x_TH]), reference_contract(config)
+    observed = reference(config, weights, x_TH)
+    assert observed.output_TH[3].isnan().all()
+    verdict = judge([observed], truth, contract)
+    assert verdict.equivalent, str(verdict)
+    clean = observed.output_TH.nan_to_num()
+    assert not judge([replace(observed, output_TH=clean)], truth, contract).equivalent
+
+
+def test_nan_in_a_valid_row_is_refused():
+    """One NaN element where the truth is finite is enough."""
+    verdict = verdict_of(
+        {"output": on_rank(2, lambda out: out.index_fill(0, torch.tensor(5), torch.nan))}
+    )
+    assert (verdict.culprit.stage, verdict.culprit.rank, verdict.culprit.token) == ("output", 2, 5)
+    assert verdict.culprit.ratio == torch.inf
+
+
+# --- the stage at fault ----------------------------------------------------------------------
+
+
+def swap_rows(tensor: Tensor) -> Tensor:
+    """Exchange the first two rows."""
+    tensor[[0, 1]] = tensor[[1, 0]]
+    return tensor
+
+
+def weakest_expert_first(ids_TK: Tensor) -> Tensor:
+    """Send the first token's last slot to some expert that it did not choose."""
+    rest = sorted(set(range(8)) - set(ids_TK[0].tolist()))
+    ids_TK[0, -1] = rest[0]
+    return ids_TK
+
+
+STAGE_FAULTS: dict[str, tuple[str, dict[str, Fault]]] = {
+    "wrong expert": ("router", {"ids": on_rank(2, weakest_expert_first)}),
+    "one expert twice": ("router", {"ids": on_rank(2, lambda ids: ids[:, [0, 1, 0]])}),
+    "id out of range": (
+        "router",
+        {"ids": on_rank(0, lambda ids: ids.index_fill(0, torch.tensor(0), 8))},
+    ),
+    "weights exchanged": ("router", {"weights": on_rank(0, lambda w: w.flip(1))}),
+    "weights in bf16": ("router", {"weights": lambda _, w: w.bfloat16().float()}),
+    "scaling forgotten": ("router", {"weights": lambda _, w: w / 2.5}),
+    "rows exchanged": ("dispatch", {"gathered_hidden": on_rank(3, swap_rows)}),
+    "a stale row": (
+        "dispatch",
+        {"gathered_hidden": on_rank(1, lambda x: x.index_fill(0, torch.arange(8), 1.0))},
+    ),
+    "one bit": ("dispatch", {"gathered_hidden": on_rank(1, lambda x: x.nextafter(x + 1))}),
+    "a slot dropped": (
+        "experts",
+        {"terms": on_rank(2, lambda t: t.index_fill(1, torch.tensor(2), 0.0))},
+    ),
+    "a share in bf16": ("experts", {"partial": lambda _, p: p.bfloat16().float()}),
+    "shares exchanged": ("experts", {"partial": on_rank(0, swap_rows)}),
+    "a sum in bf16": ("combine", {"routed": lambda _, r: r.bfloat16().float()}),
+    "a share too many": ("combine", {"routed": on_rank(2, lambda r: r * 2)}),
+    "truncated": ("output", {"output": lambda _, out: truncated(out)}),
+    "rows of the output exchanged": ("output", {"output": on_rank(3, swap_rows)}),
+    "zeros": ("output", {"output": lambda _, out: torch.zeros_like(out)}),
+}
+
+
+def truncated(out: Tensor) -> Tensor:
+    """Take the next number toward zero for every second element, as truncation does."""
+    bits = out.view(torch.int16)
+    bits[:, ::2] -= (bits[:, ::2] & 0x7FFF != 0).to(torch.int16)
+    return bits.view(out.dtype)
+
+
+@pytest.mark.parametrize("name", STAGE_FAULTS)
+def test_the_first_stage_outside_is_named(name):
+    """Whatever follows from a fault, the finding names the stage where it began."""
+    stage, faults = STAGE_FAULTS[name]
+    verdict = verdict_of(faults)
+    assert not verdict.equivalent
+    assert verdict.culprit.stage == stage, [f.stage for f in verdict.findings]
+    assert f"stage: {stage}" in str(verdict)
+    assert "path: emulated p2p" in str(verdict)
+
+
+@pytest.mark.parametrize("name", STAGE_FAULTS)
+def test_the_output_alone_betrays_gross_faults(name):
+    """Without any tap the same layers are refused, for their outputs."""
+    verdict = verdict_of(STAGE_FAULTS[name][1], tapped=False)
+    assert not verdict.equivalent
+    assert {finding.stage for finding in verdict.findings} <= {"output"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "token"),
+    [("wrong expert", 2, 0), ("shares exchanged", 0, 0), ("rows of the output exchanged", 3, 0)],
+)
+def test_a_finding_names_rank_and_token(name, rank, token):
+    """Both in the finding's fields, and in words that need no look at the code."""
+    culprit = verdict_of(STAGE_FAULTS[name][1]).culprit
+    assert culprit.rank == rank
+    assert culprit.token in (token, 1)
+    assert f"token {culprit.token} on rank {rank}" in culprit.message
+
+
+def test_a_misrouted_token_is_told_both_sets():
+    """The experts it went to, those it should have gone to, and how many tokens went astray."""
+    culprit = verdict_of(STAGE_FAULTS["wrong expert"][1]).culprit
+    went, should = re.search(
+        r"experts (\[.*?\]), but should go to (\[.*?\])", culprit.message
+    ).groups()
+    assert went != should
+    assert "1 of 97 tokens misrouted" in culprit.message
+
+
+def test_an_element_outside_is_shown_with_its_interval():
+    """Value, dimension, allowed interval and excess, so that a person can check by hand."""
+
+    def add_one(out_TH: Tensor) -> Tensor:
+        out_TH[4, 17] += 1
+        return out_TH
+
+    subject, truth, contract = graphed({"output": on_rank(2, add_one)})
+    observed = subject.observe()
+    culprit = judge(observed, truth, contract).culprit
+    assert (culprit.stage, culprit.rank, culprit.token, culprit.dim) == ("output", 2, 4, 17)
+    pattern = r"out\[token 4 on rank 2, dim 17\] = (\S+), allowed (\S+) \.\. (\S+) \("
+    seen, low, high = map(float, re.match(pattern, culprit.message).groups())
+    assert seen == pytest.approx(float(observed[2].output_TH[4, 17]), rel=1e-4)
+    assert low <= seen - 1 <= high or seen - 1 == pytest.approx(low, abs=0.05)
+    assert high < seen
+    assert culprit.ratio > 1
+    assert "1 of 6208 elements outside" in culprit.message
+    alone = judge([replace(seen, taps=Taps()) for seen in observed], truth, contract).culprit
+    assert alone.proof
+    assert "outside HARD" in alone.message
+
+
+# --- what only many elements show ------------------------------------------------------------
+
+
+def test_weights_cast_to_bf16_show_without_taps():
+    """Every element may stay inside its interval: the share that differs gives it away."""
+    assert not verdict_of(STAGE_FAULTS["weights in bf16"][1], tapped=False).equivalent
+
+
+def test_a_combine_in_bf16_shows_without_taps():
+    """A second rounding to bf16 before the shared expert is added."""
+    assert not verdict_of(STAGE_FAULTS["a sum in bf16"][1], tapped=False).equivalent
+
+
+def test_the_weakest_slot_of_one_token_shows_without_taps():
+    """One lost contribution of the smallest weight among all tokens is seen."""
+    subject, truth, _ = graphed()
+    weights_TK = torch.cat([seen.taps.weights_TK for seen in subject.observe()])
+    weakest = int(weights_TK.min(dim=1).values.argmin())
+    rank, row = int(truth.rank_T[weakest]), int(truth.row_T[weakest])
+
+    def lose(weights_TK: Tensor) -> Tensor:
+        weights_TK[row, weights_TK[row].argmin()] = 0
+        return weights_TK
+
+    verdict = verdict_of({"weights": on_rank(rank, lose)}, tapped=False)
+    assert (verdict.culprit.rank, verdict.culprit.token) == (rank, row)
+
+
+# --- subjects without ids --------------------------------------------------------------------
+
+
+def near_tied(tied: int, total: int) -> tuple[MoEConfig, MoEWeights, Tensor]:
+    """Return a layer in fp32, and tokens of which ``tied`` cannot tell eight experts apart."""
+    config, weights = layer(torch.float32, num_experts_per_tok=4)
+    router_EH = weights.router_EH[:1].repeat(8, 1)
+    router_EH[:, 0] = torch.arange(8) / 4
+    x_TH = tokens(config, total, 9)
+    x_TH[:, 0] = 4.0
+    x_TH[:tied, 0] = 2.0**-40
+    return config, replace(weights, router_EH=router_EH), x_TH
+
+
+def reversed_ids(config: MoEConfig, weights: MoEWeights, x_TH: Tensor) -> RankObservation:
+    """Run the reference with ties broken towards the highest id, and show its output alone."""
+    mirrored = replace(
+        weights,
+        router_EH=weights.router_EH.flip(0),
+        w13_LFH=weights.w13_LFH.flip(0),
+        w2_LHI=weights.w2_LHI.flip(0),
+    )
+    return reference(config, mirrored, x_TH, tapped=False)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_near_tied_token_without_ids_raises_no_alarm(turned):
+    """Whichever of the 70 admissible answers a layer chose, its output is no finding."""
+    config, weights, x_TH = near_tied(1, 64)
+    subject = reversed_ids if turned else lambda *layer: reference(*layer, tapped=False)
+    verdict = judge(
+        [subject(config, weights, x_TH)], Truth(config, weights, [x_TH]), reference_contract(config)
+    )
+    assert verdict.ambiguous == 1
+    assert not verdict.findings, str(verdict)
+
+
+def test_too_many_near_ties_without_ids_are_inconclusive():
+    """Above 5 % of near-tied tokens the case proves nothing; with ids it does."""
+    config, weights, x_TH = near_tied(8, 64)
+    truth, contract = Truth(config, weights, [x_TH]), reference_contract(config)
+    without = judge([reference(config, weights, x_TH, tapped=False)], truth, contract)
+    assert (without.ambiguous, without.conclusive, without.equivalent) == (8, False, False)
+    tapped = judge([reference(config, weights, x_TH)], truth, contract)
+    assert tapped.conclusive
+    assert tapped.equivalent, str(tapped)
+
+
+# --- sampling, loosening, shapes -------------------------------------------------------------
+
+
+def test_a_sample_judges_so_many_tokens():
+    """Fewer tokens, the same verdict on a correct layer; the seed decides which."""
+    subject, truth, contract = graphed()
+    verdict = judge(subject.observe(), truth, contract, sample=10, seed=1)
+    assert verdict.equivalent, str(verdict)
+    assert (verdict.tokens, verdict.slots) == (10, 30)
+    everyone = judge(subject.observe(), truth, contract, sample=1000)
+    assert everyone.tokens == sum(COUNTS)
+
+
+def test_a_sample_names_a_token_by_its_own_rank_and_row():
+    """A fault of every row of rank 3 is reported there."""
+    faults = {"output": on_rank(3, lambda out: out * 2)}
+    subject, truth, contract = graphed(faults)
+    culprit = judge(subject.observe(), truth, contract, sample=40).culprit
+    assert culprit.rank == 3
+    assert 0 <= culprit.token < COUNTS[3]
+
+
+def test_loosened_radii_let_a_fault_pass():
+    """The ratio of a finding says how much looser the radii would have to be to miss it."""
+    faults = {"output": on_rank(2, lambda out: out + (torch.arange(64) == 17) / 2)}
+    subject, truth, contract = graphed(faults)
+    observed = subject.observe(tapped=False)
+    ratio = judge(observed, truth, contract).culprit.ratio
+    assert judge(observed, truth, contract, loosen=ratio / 2).culprit.stage == "output"
+    assert judge(observed, truth, contract, loosen=ratio * 1.01).culprit is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda seen: seen[:3], "3 observations for 4 ranks"),
+        (lambda seen: seen[::-1], r"rank 0 .*\(24, 64\).*expected \(40, 64\)"),
+        (
+            lambda seen: [replace(s, output_TH=s.output_TH[:, :32]) for s in seen],
+            r"rank 0 .*\(40, 32\).*expected \(40, 64\)",
+        ),
+    ],
+)
+def test_shapes_that_do_not_match_are_refused(change, message):
+    """A missing rank or a wrong shape is a mistake of the caller, said with both values."""
+    subject, truth, contract = graphed()
+    with pytest.raises(ValueError, match=message):
+        judge(change(subject.observe()), truth, contract)
+
+
+@pytest.mark.parametrize("tap", ["ids_TK", "routed_TH", "partial"])
+def test_a_tap_of_the_wrong_shape_is_refused(tap):
+    """A tap that does not belong to the batch is a ValueError that names it, not a crash."""
+    subject, truth, contract = graphed()
+    seen = subject.observe()
+    cut = replace(seen[2].taps, **{tap: getattr(seen[2].taps, tap)[:-1]})
+    seen[2] = replace(seen[2], taps=cut)
+    with pytest.raises(ValueError, match=tap.split("_")[0]):
+        judge(seen, truth, contract)
+
+
+def test_an_output_of_another_dtype_is_refused():
+    """fp32 that was never rounded is not a bf16 output, however close."""
+    subject, truth, contract = graphed()
+    observed = [
+        replace(seen, output_TH=seen.taps.routed_TH.clone())
+        for seen in subject.observe(tapped=True)
+    ]
+    assert not judge([replace(seen, taps=Taps()) for seen in observed], truth, contract).equivalent
