@@ -13,15 +13,15 @@ from twinmoe.oracle.emulation import MISTAKES, PATHS, Emulation, draw_inputs
 from twinmoe.oracle.emulation.gemm import blocked
 from twinmoe.reference.config import MoEConfig
 
-#: (T, H, I, E, K, ranks) of the layers.
-SIZES = {"small": (16, 64, 40, 8, 2, 2), "large": (16, 2048, 768, 16, 8, 8)}
+#: (T, H, I, E, K, ranks) of the layers: softmax, renormalised, no bias, no shared expert.
+SIZES = {"small": (16, 64, 40, 8, 2, 2), "large": (64, 2048, 768, 16, 8, 8)}
 
 #: The path whose implementations are compared: it stores every stage in bf16.
 PATH = PATHS["p2p grouped_mm, fp32 wire"]
 
 #: The subject without a mistake.
 CORRECT = "correct"
-SUBJECTS = (CORRECT, *MISTAKES)
+SUBJECTS = (CORRECT, *(name for name in MISTAKES if not MISTAKES[name].needs_bias))
 
 
 @dataclass
@@ -68,8 +68,6 @@ def exhibits(size: str, seed: int, loosen: float = 1.0) -> Iterator[tuple[str, E
         moe_intermediate_size=intermediate,
         num_experts=experts,
         num_experts_per_tok=k,
-        scoring_func="sigmoid",
-        use_correction_bias=True,
     )
     inputs = draw_inputs("normal", config, (tokens // ranks,) * ranks, seed)
     truth, contract = inputs.truth(), PATH.contract(config)

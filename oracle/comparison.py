@@ -47,7 +47,8 @@ def compare(observed: Tensor, truth: Enclosure, stored: Format | None = None) ->
     centre, low, high = truth.value, truth.value - truth.radius, truth.value + truth.radius
     if stored is not None:
         centre, low, high = (round_to(bound, stored) for bound in (centre, low, high))
-    unbounded = truth.radius.isinf()
+    # an infinite truth leaves no interval, only itself
+    unbounded = truth.radius.isinf() | (truth.value.isinf() & (seen == truth.value))
     nan_demanded = truth.value.isnan()
     inside = (low <= seen) & (seen <= high) | unbounded
     inside = torch.where(nan_demanded, seen.isnan(), inside)

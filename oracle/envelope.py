@@ -158,9 +158,12 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
         error = torch.minimum(x.deviations * terms**0.5 * unit * likely, error)
     if accumulator.block:
         error = error + -(-terms // accumulator.block) * accumulator.block_unit * size
-    error = error + terms * accumulator.underflow * (one_norm > 0)
+    error = error + torch.where(one_norm > 0, terms * accumulator.underflow, 0.0)
     exact = _sums_are_exact(x, weight, one_norm, accumulator)
-    return type(x)(value, x.join(propagated, torch.where(exact, 0.0, error)))
+    error = torch.where(exact, 0.0, error)
+    # where some order of summation may overflow, anything may come out
+    error = torch.where(one_norm + error > accumulator.max_value, torch.inf, error)
+    return type(x)(value, x.join(propagated, error))
 
 
 def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator: Format) -> Tensor:
@@ -175,7 +178,8 @@ def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator:
 
     def fits(columns: Tensor) -> Tensor:
         grid = (grid_x + lowest_bit(columns).amin(dim=-1)).clamp(-1000, 1000).double()
-        fit = (one_norm.log2() - grid <= accumulator.precision) & (grid >= accumulator.min_exponent)
+        below = one_norm < torch.exp2(grid + accumulator.precision)
+        fit = below & (grid >= accumulator.min_exponent)
         return (fit | (one_norm == 0)) & certain
 
     # a few columns refute most matrices, and cost little
@@ -205,5 +209,7 @@ def total(terms: E, dim: int, accumulator: Format) -> E:
     additions = ((magnitude > 0).sum(dim=dim) - 1).clamp(min=0)
     unit = accumulator.unit
     error = additions * unit / (1 - additions * unit) * magnitude.sum(dim=dim)
-    error = error + accumulator.underflow * (additions > 0) * accumulator.flushes
+    error = torch.where(additions > 0, error, 0.0)
+    if accumulator.flushes:
+        error = error + torch.where(additions > 0, accumulator.underflow, 0.0)
     return type(terms)(terms.value.sum(dim=dim), terms.join(terms.join_along(dim), error))

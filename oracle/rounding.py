@@ -76,12 +76,12 @@ FORMATS: dict[torch.dtype, Format] = {
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent in fp64 for integer exponents in [-1022, 1023], exactly.
+    """2**exponent in fp64 for integer exponents in [-1022, 1023], exactly; below, 2**-1022.
 
     Built from bits: ``exp2`` promises no exact result and ``ldexp`` computes its
     scale in fp32, which overflows at 2**128.
     """
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return ((exponent.to(torch.int64).clamp(min=-1022) + 1023) << 52).view(torch.float64)
 
 
 def ulp(value: Tensor, target: Format) -> Tensor:
@@ -90,7 +90,9 @@ def ulp(value: Tensor, target: Format) -> Tensor:
     ``value`` is fp64 of any shape; the result has its shape.
     """
     _, exponent = torch.frexp(value)
-    leading_bit = (exponent - 1).clamp(min=target.min_exponent)
+    # frexp gives zero the exponent 0, as if it were a half
+    leading_bit = torch.where(value == 0, target.min_exponent, exponent - 1)
+    leading_bit = leading_bit.clamp(min=target.min_exponent)
     return power_of_two(leading_bit - (target.precision - 1))
 
 

@@ -10,6 +10,7 @@ the lowest expert id wins.
 Legend: T tokens, H hidden_size, E experts, G groups, K experts per token.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 
@@ -20,6 +21,9 @@ from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, matmul, product, total
 from twinmoe.oracle.rounding import Format
 from twinmoe.reference.config import MoEConfig
+
+#: Sets of experts that are tried for one near-tied token of a subject without ids.
+TRIES = 512
 
 
 def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format) -> Enclosure:
@@ -119,59 +123,87 @@ class RoutingTruth:
         chosen_TE = torch.zeros_like(self.selection_TE.value, dtype=torch.bool)
         chosen_TE.scatter_(1, ids_TK, True)
         distinct = chosen_TE.sum(dim=-1) == self.config.num_experts_per_tok
-        kept_TG, groups_ok = self._kept_groups(_by_group(self.config, chosen_TE).any(dim=-1))
-        rivals_TE = kept_TG.repeat_interleave(self.config.num_experts // self.config.n_group, 1)
-        beaten = self._certainly_better(chosen_TE, rivals_TE & ~chosen_TE)
+        kept_TG, _ = self._group_ranks()
+        good = ~self._certainly_better(chosen_TE, self._experts_of(kept_TG) & ~chosen_TE)
+        good &= ~(chosen_TE & ~self._experts_of(kept_TG)).any(dim=-1)
+        for row in self._groups_ambiguous().nonzero().flatten().tolist():
+            good[row] = self._admissible_in_some_groups(row, chosen_TE[row])
         unranked = self.logits_TE.value.isnan().any(dim=-1)
-        return distinct & ((groups_ok & ~beaten) | unranked)
+        return distinct & (good | unranked)
 
     def ambiguous(self) -> Tensor:
         """Bool [T]: tokens whose exact selection is not the only admissible one."""
         low, high = self._interval()
         chosen = torch.zeros_like(low, dtype=torch.bool).scatter_(1, self.ids_TK, True)
-        worst_in = torch.where(chosen, low, torch.inf).amin(dim=-1)
-        best_out = torch.where(chosen, -torch.inf, high).amax(dim=-1)
-        near = (best_out >= worst_in) & ~self._exactly_tied_rows()
-        return near if self.config.n_group == 1 else near | self._groups_ambiguous()
+        rivals = self._experts_of(self._group_ranks()[0]) & ~chosen
+        near = high[:, None, :] >= low[:, :, None]
+        near &= chosen[:, :, None] & rivals[:, None, :] & ~self._tied_experts()
+        return near.flatten(1).any(dim=-1) | self._groups_ambiguous()
 
     def candidates(self, token: int, limit: int) -> list[Tensor]:
-        """Admissible answers [K] for one token, the exact one first.
+        """Admissible answers [K] for one token, the exact one first; at most ``limit``.
 
-        For a subject that shows no ids.  Experts certainly chosen stay; the first ``limit``
-        combinations of the near-tied rest are tried, best scores first.
+        For a subject that shows no ids.  At most ``TRIES`` sets are asked about.
         """
-        low, high = (bound[token] for bound in self._interval())
         exact = self.ids_TK[token]
-        chosen = torch.zeros_like(low, dtype=torch.bool).scatter_(0, exact, True)
-        best_out = torch.where(chosen, -torch.inf, high).max()
-        worst_in = torch.where(chosen, low, torch.inf).min()
-        certain = chosen & (low > best_out)
-        near = (~certain & (high >= worst_in)).nonzero().flatten()
-        near = near[high[near].argsort(descending=True, stable=True)].tolist()
-        free = self.config.num_experts_per_tok - int(certain.sum())
-        answers = [
-            torch.cat([certain.nonzero().flatten(), torch.tensor(rest, dtype=torch.int64)])
-            for rest in islice(combinations(near, free), limit)
-        ]
-        return [exact, *(ids for ids in answers if self._one_admissible(token, ids))]
+        found = {frozenset(exact.tolist()): exact}
+        for ids in islice(self._near_answers(token), TRIES):
+            if len(found) == limit:
+                break
+            if frozenset(ids.tolist()) not in found and self._one_admissible(token, ids):
+                found[frozenset(ids.tolist())] = ids
+        return list(found.values())
+
+    def _near_answers(self, token: int) -> Iterator[Tensor]:
+        """Sets of K experts that some admissible choice of groups may rank highest."""
+        low, high = (bound[token] for bound in self._interval())
+        value, k = self.selection_TE.value[token], self.config.num_experts_per_tok
+        for kept_G in self._kept_sets(token):
+            rivals = self._experts_of(kept_G[None])[0]
+            best = value.masked_fill(~rivals, -torch.inf).argsort(descending=True, stable=True)[:k]
+            chosen = torch.zeros_like(rivals).scatter_(0, best, True)
+            certain = chosen & (low > high.masked_fill(chosen | ~rivals, -torch.inf).max())
+            near = rivals & ~certain & (high >= low[best].min())
+            ranked = high.masked_fill(~near, -torch.inf).argsort(descending=True, stable=True)
+            free = k - int(certain.sum())
+            for rest in combinations(ranked[: int(near.sum())].tolist(), free):
+                yield torch.tensor([*certain.nonzero().flatten().tolist(), *rest])
 
     def _one_admissible(self, token: int, ids_K: Tensor) -> bool:
-        alone = replace(
+        return bool(self._only(token).admissible(ids_K[None]))
+
+    def _only(self, token: int) -> "RoutingTruth":
+        return replace(
             self,
             logits_TE=self.logits_TE[token : token + 1],
             score_TE=self.score_TE[token : token + 1],
             selection_TE=self.selection_TE[token : token + 1],
+            ids_TK=self.ids_TK[token : token + 1],
         )
-        return bool(alone.admissible(ids_K[None]))
 
     def _interval(self) -> tuple[Tensor, Tensor]:
         value, radius = self.selection_TE.value, self.selection_TE.radius
         lowest = torch.finfo(torch.float64).min  # a NaN score ranks below every real one
         return (value - radius).nan_to_num(nan=lowest), (value + radius).nan_to_num(nan=lowest)
 
-    def _exactly_tied_rows(self) -> Tensor:
-        """Rows in which all boundary rivals tie exactly, so that the tie rule decides."""
-        return (self.logits_TE.radius == 0).all(dim=-1)
+    def _tied_experts(self) -> Tensor:
+        """Bool [T, E, E]: pairs whose scores are equal in any arithmetic: same exact inputs."""
+        z, exact = self.logits_TE.value, self.logits_TE.radius == 0
+        same = (z[:, :, None] == z[:, None, :]) & exact[:, :, None] & exact[:, None, :]
+        return same & (self.bias_E[:, None] == self.bias_E[None, :])
+
+    def _tied_groups(self) -> Tensor:
+        """Bool [T, G, G]: pairs of groups whose experts tie one by one, best first."""
+        order = _by_group(self.config, self.selection_TE.value).argsort(dim=-1)
+        z, radius = (
+            _by_group(self.config, part).gather(-1, order)
+            for part in (self.logits_TE.value, self.logits_TE.radius)
+        )
+        bias = _by_group(self.config, self.bias_E.expand_as(self.logits_TE.value))
+        bias = bias.gather(-1, order)
+        same = (z[:, :, None] == z[:, None, :]) & (bias[:, :, None] == bias[:, None, :])
+        exact = (radius == 0).all(dim=-1)
+        return same.all(dim=-1) & exact[:, :, None] & exact[:, None, :]
 
     def _certainly_better(self, chosen_TE: Tensor, rivals_TE: Tensor) -> Tensor:
         """Bool [T]: does some rival certainly beat some chosen expert?
@@ -182,19 +214,9 @@ class RoutingTruth:
         low, high = self._interval()
         weakest = torch.where(chosen_TE, high, torch.inf).amin(dim=-1)
         strongest = torch.where(rivals_TE, low, -torch.inf).amax(dim=-1)
-        beaten = strongest > weakest
-        exact = self.logits_TE.radius == 0
-        for row in (exact.any(dim=-1) & ~beaten).nonzero().flatten().tolist():
-            beaten[row] = self._tie_rule_broken(row, chosen_TE[row], rivals_TE[row], exact[row])
-        return beaten
-
-    def _tie_rule_broken(self, row: int, chosen: Tensor, rivals: Tensor, exact: Tensor) -> bool:
-        z = self.logits_TE.value[row]
-        taken, left = (chosen & exact).nonzero().flatten(), (rivals & exact).nonzero().flatten()
-        same = (z[taken, None] == z[None, left]) & (
-            self.bias_E[taken, None] == self.bias_E[None, left]
-        )
-        return bool((same & (left[None, :] < taken[:, None])).any())
+        lower_id = torch.ones(low.shape[1], low.shape[1], dtype=torch.bool).tril(-1)
+        broken = chosen_TE[:, :, None] & rivals_TE[:, None, :] & self._tied_experts() & lower_id
+        return (strongest > weakest) | broken.flatten(1).any(dim=-1)
 
     def _group_scores(self) -> Enclosure:
         config = self.config
@@ -206,23 +228,49 @@ class RoutingTruth:
 
     def _group_ranks(self) -> tuple[Tensor, Tensor]:
         """(certain, possible) [T, G]: groups kept under every, or some, admissible order."""
+        if self.config.n_group == 1:
+            everything = torch.ones(len(self.ids_TK), 1, dtype=torch.bool)
+            return everything, everything
         scores = self._group_scores()
         low, high = scores.value - scores.radius, scores.value + scores.radius
-        may_beat = high[:, None, :] >= low[:, :, None]
-        must_beat = low[:, None, :] > high[:, :, None]
+        tied = self._tied_groups()
+        lower_id = torch.ones_like(tied[0]).tril(-1)
+        may_beat = torch.where(tied, lower_id, high[:, None, :] >= low[:, :, None])
+        must_beat = torch.where(tied, lower_id, low[:, None, :] > high[:, :, None])
         itself = torch.eye(self.config.n_group, dtype=torch.bool)
         certain = (may_beat & ~itself).sum(dim=-1) < self.config.topk_group
         possible = must_beat.sum(dim=-1) < self.config.topk_group
         return certain, possible
 
-    def _kept_groups(self, used_TG: Tensor) -> tuple[Tensor, Tensor]:
-        """Groups whose experts compete with an answer that used ``used_TG``, and if it may."""
-        if self.config.n_group == 1:
-            return torch.ones_like(used_TG), torch.ones(used_TG.shape[0], dtype=torch.bool)
-        certain, possible = self._group_ranks()
-        kept = certain | used_TG
-        legal = (used_TG & ~possible).sum(dim=-1) == 0
-        return kept, legal & (kept.sum(dim=-1) <= self.config.topk_group)
+    def _kept_sets(self, token: int) -> Iterator[Tensor]:
+        """Every set of groups (bool [G]) that an admissible order of group scores keeps."""
+        certain_TG, possible_TG = self._group_ranks()
+        certain, possible = certain_TG[token], possible_TG[token]
+        scores = self._group_scores()[token]
+        low, high = scores.value - scores.radius, scores.value + scores.radius
+        tied = self._tied_groups()[token]
+        lower_id = torch.ones_like(tied).tril(-1)
+        open_groups = (possible & ~certain).nonzero().flatten().tolist()
+        for more in combinations(open_groups, self.config.topk_group - int(certain.sum())):
+            kept = certain.clone()
+            kept[list(more)] = True
+            overtaken = tied & kept[:, None] & ~kept[None, :] & lower_id
+            in_order = bool(kept.all()) or bool(high[kept].min() >= low[~kept].max())
+            if in_order and not overtaken.any():
+                yield kept
+
+    def _admissible_in_some_groups(self, token: int, chosen_E: Tensor) -> bool:
+        alone = self._only(token)
+        for kept_G in self._kept_sets(token):
+            rivals = self._experts_of(kept_G[None])
+            inside = not (chosen_E & ~rivals[0]).any()
+            if inside and not alone._certainly_better(chosen_E[None], rivals & ~chosen_E):
+                return True
+        return False
+
+    def _experts_of(self, groups_TG: Tensor) -> Tensor:
+        """Bool [T, E]: the experts of the marked groups."""
+        return groups_TG.repeat_interleave(self.config.num_experts // self.config.n_group, dim=1)
 
     def _groups_ambiguous(self) -> Tensor:
         certain, possible = self._group_ranks()

@@ -16,13 +16,15 @@ class Mistake:
 
     ``stage`` is what a judge must name that sees the taps of a graphed path, ``eager`` the
     same on an AlltoAll path, which shows each slot's expert output instead of each rank's
-    share.  ``breaks`` tells whether a contract forbids the mistake at all.
+    share.  ``breaks`` tells whether a contract forbids the mistake at all; ``needs_bias``
+    that it is none in a layer without a correction bias.
     """
 
     stage: str
     eager: str
     steps: Mapping[str, Any]
     breaks: Callable[[RoundingContract], bool]
+    needs_bias: bool = False
 
     def into(self, correct: Emulation) -> Emulation:
         """``correct`` with this mistake made."""
@@ -51,9 +53,10 @@ def _mistake(
     stage: str,
     eager: str = "",
     breaks: Callable[[RoundingContract], bool] = _always,
+    needs_bias: bool = False,
     **steps: Any,
 ) -> Mistake:
-    return Mistake(stage, eager or stage, steps, breaks)
+    return Mistake(stage, eager or stage, steps, breaks, needs_bias)
 
 
 MISTAKES: dict[str, Mistake] = {
@@ -71,6 +74,6 @@ MISTAKES: dict[str, Mistake] = {
     "SiLU rounded twice": _mistake("experts", activate=activations.silu_rounded_early),
     "bf16 ring": _mistake("combine", breaks=_wide_wire, sum_ranks=combine.bf16_ring),
     "gate and up swapped": _mistake("experts", activate=activations.gate_and_up_swapped),
-    "bias in weights": _mistake("router", route=routers.bias_in_weights),
+    "bias in weights": _mistake("router", needs_bias=True, route=routers.bias_in_weights),
     "zeros": _mistake("output", store_output=casts.zeros),
 }
