@@ -17,6 +17,10 @@ from torch import Tensor
 #: Probability of a false alarm of one test.
 ALPHA = 1e-6
 
+#: Flips likelier than this say nothing by their sign: an error common to all tokens, such as
+#: that of a weight 1/3, decides them all alike.
+UNLIKELY = 0.25
+
 #: Formats this narrow flip rarely under correct arithmetic; wider ones flip by nature.
 NARROW_PRECISION = 11
 
@@ -25,8 +29,8 @@ NARROW_PRECISION = 11
 class Flips:
     """Per token: share of flipped elements, its expected bound, and the flips' mean sign.
 
-    ``rate_T`` and ``expected_T`` in [0, 1]; ``sign_T`` in [-1, 1], the mean over a
-    token's flipped elements of sign((seen - rounded) * rounded): +1 is away from zero.
+    ``rate_T`` and ``expected_T`` in [0, 1]; ``sign_T`` in [-1, 1], the mean over a token's
+    unlikely flips of sign((seen - rounded) * rounded): +1 is away from zero, NaN is none.
     """
 
     rate_T: Tensor
@@ -45,8 +49,9 @@ def flips_of(seen_TH: Tensor, rounded_TH: Tensor, chance_TH: Tensor) -> Flips:
     """Compare outputs with the rounded truth; ``chance_TH`` bounds each flip's probability."""
     flipped = (seen_TH != rounded_TH) & ~rounded_TH.isnan()
     direction = torch.sign((seen_TH - rounded_TH) * torch.sign(rounded_TH)).nan_to_num()
-    count = flipped.sum(dim=1)
-    sign_T = (direction * flipped).sum(dim=1) / count.clamp(min=1)
+    unlikely = flipped & (chance_TH < UNLIKELY)
+    count = unlikely.sum(dim=1)
+    sign_T = (direction * unlikely).sum(dim=1) / count  # 0 / 0: NaN
     return Flips(flipped.double().mean(dim=1), chance_TH.mean(dim=1), sign_T)
 
 
@@ -63,7 +68,7 @@ def too_many(flips: Flips) -> bool:
 
 def one_sided(flips: Flips) -> bool:
     """P(|mean sign| >= t) <= 2 exp(-n t^2 / 2) for n tokens with flips of no preferred sign."""
-    signs = flips.sign_T[flips.rate_T > 0]
+    signs = flips.sign_T[~flips.sign_T.isnan()]
     n = len(signs)
     return n > 0 and float(signs.mean()) ** 2 > 2 * math.log(2 / ALPHA) / n
 

@@ -158,7 +158,7 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
         error = torch.minimum(x.deviations * terms**0.5 * unit * likely, error)
     if accumulator.block:
         error = error + -(-terms // accumulator.block) * accumulator.block_unit * size
-    error = error + torch.where(one_norm > 0, terms * accumulator.underflow, 0.0)
+    error = error + (one_norm > 0).double() * (terms * accumulator.underflow)
     exact = _sums_are_exact(x, weight, one_norm, accumulator)
     error = torch.where(exact, 0.0, error)
     # where some order of summation may overflow, anything may come out
@@ -211,5 +211,5 @@ def total(terms: E, dim: int, accumulator: Format) -> E:
     error = additions * unit / (1 - additions * unit) * magnitude.sum(dim=dim)
     error = torch.where(additions > 0, error, 0.0)
     if accumulator.flushes:
-        error = error + torch.where(additions > 0, accumulator.underflow, 0.0)
+        error = error + (additions > 0).double() * accumulator.underflow
     return type(terms)(terms.value.sum(dim=dim), terms.join(terms.join_along(dim), error))

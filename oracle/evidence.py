@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.truth import Truth
 
 
@@ -50,6 +50,7 @@ class Evidence:
                     f"rank {rank} returned a tensor of shape {tuple(seen.output_TH.shape)}, "
                     f"expected {expected}: one output row per input row"
                 )
+            _check_taps(rank, seen.taps, counts)
 
         def own(name: str) -> Tensor | None:
             return _all(observations, name, torch.cat)
@@ -86,6 +87,28 @@ class Evidence:
             field.name: pick(field.name, getattr(self, field.name)) for field in fields(self)
         }
         return Evidence(**picked)
+
+
+#: Taps that hold every rank's padded rows; the others hold the rank's own.
+_PADDED = ("gathered_hidden", "gathered_ids", "gathered_weights", "partial")
+
+
+def _check_taps(rank: int, taps: Taps, counts: Sequence[int]) -> None:
+    for field in fields(taps):
+        tap = getattr(taps, field.name)
+        if tap is None:
+            continue
+        if field.name not in _PADDED and len(tap) != counts[rank]:
+            raise ValueError(
+                f"rank {rank}'s tap {field.name} has {len(tap)} rows, expected {counts[rank]}: "
+                "one row per token of the rank"
+            )
+        padded, ragged = divmod(len(tap), len(counts))
+        if field.name in _PADDED and (ragged or padded < max(counts)):
+            raise ValueError(
+                f"rank {rank}'s tap {field.name} has {len(tap)} rows for {len(counts)} ranks, "
+                f"expected at least {max(counts)} for each: every rank's rows, padded alike"
+            )
 
 
 def _all(

@@ -15,6 +15,7 @@ output   the final rounding, given the observed sum; and the whole forward, end
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, product, total
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.power import visible_slots
-from twinmoe.oracle.rounding import ulp
 from twinmoe.oracle.spread import Spread
 from twinmoe.oracle.truth import Stages, Truth, across_ranks, with_shared
 from twinmoe.oracle.verdict import Finding, Verdict
@@ -80,6 +80,8 @@ class _Judgement:
         self.evidence, self.truth, self.contract = evidence, truth, contract
         self.grade, self.loosen, self.verdict = grade, loosen, verdict
         self.routing = truth.routing(contract, grade)
+        #: Tokens whose experts are known well enough to judge what follows.
+        self.judged_T = torch.ones(len(truth.hidden_TH), dtype=torch.bool)
 
     def run(self) -> Verdict:
         """Judge every stage there is evidence for."""
@@ -102,7 +104,7 @@ class _Judgement:
         if self.evidence.ids_TK is None:
             share = self.verdict.ambiguous / max(self.verdict.tokens, 1)
             self.verdict.conclusive = share <= AMBIGUOUS_SHARE
-            return self._likeliest(ambiguous) if self.verdict.conclusive else exact
+            return self._likeliest(ambiguous)
         observed = self.evidence.ids_TK.long()
         experts = self.truth.config.num_experts
         valid = ((observed >= 0) & (observed < experts)).all(dim=-1)
@@ -118,20 +120,30 @@ class _Judgement:
         return torch.where(admissible[:, None], observed, exact)
 
     def _likeliest(self, ambiguous_T: Tensor) -> Tensor:
-        """Without ids: for near-tied tokens, the admissible answer that fits the output."""
+        """Without ids: for near-tied tokens, the admissible answer that fits the output.
+
+        A token with more answers than are tried is not judged when none of them fits; in
+        an inconclusive case no near-tied token is.
+        """
         ids_TK = self.routing.ids_TK.clone()
+        if not self.verdict.conclusive:
+            self.judged_T = ~ambiguous_T
+            return ids_TK
         for token in ambiguous_T.nonzero().flatten().tolist():
-            alone = self.truth.of_tokens(torch.tensor([token]))
-            routing = alone.routing(self.contract, self.grade)
-            seen = self.evidence.output_TH[token : token + 1]
-            for ids in self.routing.candidates(token, CANDIDATES):
-                stages = alone.stages(
-                    self.contract, ids[None], routing.weights(ids[None]), self.grade
-                )
-                if not self._compare(seen, stages.sum_TH, output=True).outside.any():
-                    ids_TK[token] = ids
-                    break
+            candidates = self.routing.candidates(token, CANDIDATES)
+            fitting = [ids for ids in candidates if self._fits(token, ids)]
+            if fitting:
+                ids_TK[token] = fitting[0]
+            self.judged_T[token] = bool(fitting) or len(candidates) < CANDIDATES
         return ids_TK
+
+    def _fits(self, token: int, ids_K: Tensor) -> bool:
+        alone = self.truth.of_tokens(torch.tensor([token]))
+        routing = alone.routing(self.contract, self.grade)
+        weights = routing.weights(ids_K[None])
+        stages = alone.stages(self.contract, ids_K[None], weights, self.grade)
+        seen = self.evidence.output_TH[token : token + 1]
+        return not compare(seen, self._loose(stages.sum_TH), self.contract.output).outside.any()
 
     def _anchored(self, free: Stages[Enclosure], ids_TK: Tensor) -> Stages[Enclosure]:
         """Judge the weights, and restart the truth at the observed ones."""
@@ -223,14 +235,13 @@ class _Judgement:
         # the radius of the weights is LAMBDA standard deviations of their logits' error
         spread = Spread.of(weights.value, weights.radius / LAMBDA)
         sums = self.truth.stages(self.contract, ids_TK, spread).sum_TH
-        chance = sums.mean / ulp(result.centre.nan_to_num(), self.contract.output)
-        chance = (chance * self.loosen).nan_to_num(1.0).clamp(max=1.0)
+        chance = (sums.flip_chance(result.centre, self.contract.output) * self.loosen).clamp(max=1)
         flips = aggregates.flips_of(self.evidence.output_TH.double(), result.centre, chance)
         self.verdict.expected_flips = float(chance.sum())
         if self.verdict.findings:
             return
         for name, mask in aggregates.groupings(self.truth.rank_T, ids_TK):
-            some = flips.subset(mask)
+            some = flips.subset(mask & self.judged_T)
             if aggregates.too_many(some):
                 self._report(
                     "output",
@@ -241,21 +252,29 @@ class _Judgement:
                 )
                 return
             if aggregates.one_sided(some):
-                side = "away from" if float(some.sign_T.sum()) > 0 else "toward"
+                side = "away from" if float(some.sign_T.nanmean()) > 0 else "toward"
                 self._report(
                     "output",
                     int(mask.nonzero()[0]),
                     f"the elements of {name} that differ from the rounded truth lie {side} zero "
-                    f"of it (mean sign {float(some.sign_T[some.rate_T > 0].mean()):+.2f}): "
+                    f"of it (mean sign {float(some.sign_T.nanmean()):+.2f}): "
                     "a cast truncates",
                 )
                 return
 
     # --- findings ---------------------------------------------------------------------
 
+    def _loose(self, truth: Enclosure) -> Enclosure:
+        return Enclosure(truth.value, truth.radius * self.loosen)
+
     def _compare(self, observed: Tensor, truth: Enclosure, output: bool = False) -> Comparison:
-        loose = Enclosure(truth.value, truth.radius * self.loosen)
-        return compare(observed, loose, self.contract.output if output else None)
+        result = compare(observed, self._loose(truth), self.contract.output if output else None)
+        judged = self.judged_T.view(-1, *[1] * (observed.dim() - 1))
+        return replace(
+            result,
+            outside=result.outside & judged,
+            ratio=torch.where(judged, result.ratio, 0.0),
+        )
 
     def _element_finding(
         self,

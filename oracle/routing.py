@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, matmul, product, total
-from twinmoe.oracle.rounding import Format
+from twinmoe.oracle.rounding import Format, round_to
 from twinmoe.reference.config import MoEConfig
 
 #: Sets of experts that are tried for one near-tied token of a subject without ids.
@@ -108,7 +108,9 @@ class RoutingTruth:
             floor = (sums.value[:, None] - e_s).clamp(min=0) + 1e-20
             p = Enclosure(value, (p.radius + value * e_s) / floor + 3 * unit * value)
         factor = torch.full((1, 1), self.config.routed_scaling_factor, dtype=torch.float64)
-        scaled = product(p, Enclosure.exact(factor), self.fmt)
+        # a kernel may hold the factor in the router's format
+        held = (round_to(factor, self.fmt) - factor).abs()
+        scaled = product(p, Enclosure(factor, held), self.fmt)
         padding = ids_TK < 0
         return Enclosure(
             scaled.value.masked_fill(padding, 0.0), scaled.radius.masked_fill(padding, 0.0)

@@ -19,10 +19,10 @@ from twinmoe.oracle.rounding import Format, ulp
 class Spread(Enclosure):
     """``radius`` is [2, ...]: bounds on the mean and the root mean square of |error|.
 
-    Both are needed.  An error of mean size m flips a stored rounding with probability
-    m / ulp and then costs a whole ulp: its mean stays m, but its mean square becomes
-    m ulp.  Independent errors add in quadrature; the mean of their sum is at most the sum
-    of their means and, by Jensen's inequality, at most the root mean square.
+    Both are needed.  A small error seldom flips a stored rounding, but then costs a whole
+    ulp, so that its mean stays small while its mean square does not.  Independent errors
+    add in quadrature; the mean of their sum is at most the sum of their means and, by
+    Jensen's inequality, at most the root mean square.
     """
 
     #: One standard deviation of a sequential sum of n terms: each addition errs by at most
@@ -92,10 +92,26 @@ class Spread(Enclosure):
         )
 
     def stored(self, value: Tensor, target: Format) -> Self:
-        """See the class."""
+        """A flip costs a whole ulp; an error wider than that passes through as it is."""
         mean, rms = self.radius
-        square = rms.square() + mean * ulp(value.nan_to_num(), target)
+        spacing = ulp(value.nan_to_num(), target)
+        chance = self.flip_chance(value, target)
+        square = rms.square() * (rms > spacing) + chance * spacing.square()
+        mean = torch.maximum(mean * (mean > spacing), chance * spacing)
         return type(self)(value, torch.stack([mean, square.sqrt()]))
+
+    def flip_chance(self, value: Tensor, target: Format) -> Tensor:
+        """P(rounding to ``target`` does not give ``value``, the rounded exact value).
+
+        The exact value is known, and so is its distance to the nearer rounding boundary;
+        a normal error of this rms passes it with probability erfc(distance / rms sqrt(2)).
+        The truth itself is known to about 2**-50.
+        """
+        spacing = ulp(value.nan_to_num(), target)
+        distance = (spacing / 2 - (self.value - value).abs()).clamp(min=0)
+        rms = torch.maximum(self.radius[1], 2.0**-50 * spacing * (self.value != value))
+        chance = torch.erfc(distance / (rms * 2**0.5)).nan_to_num(1.0)
+        return torch.where((rms == 0) & (distance > 0), 0.0, chance)
 
 
 def _jensen(mean: Tensor, rms: Tensor) -> Tensor:
