@@ -84,7 +84,7 @@ def token_signs(
     rounded_TH = round_to(sum_TH, contract.output)
     seen_TH = torch.cat([observation.output_TH for observation in observations]).double()
     flips = flips_of(seen_TH, rounded_TH, torch.zeros_like(seen_TH))
-    signs: list[float] = flips.sign_T[flips.rate_T > 0].tolist()
+    signs: list[float] = flips.sign_T[~flips.sign_T.isnan()].tolist()
     return signs
 
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from twinmoe.oracle import RankObservation, Taps
+from tests.reference.inputs import tokens
+from twinmoe.oracle import RankObservation, RoundingContract, Taps, Truth, Verdict, judge
+from twinmoe.oracle.contracts import graphed_contract
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.experts import mlp
 from twinmoe.reference.layer import MoELayer
@@ -127,3 +129,47 @@ class Graphed:
             shared = SharedExpertMLP(self.config, self.weights)
             routed_TH = routed_TH + shared(self.hidden_by_rank[rank])
         return routed_TH.to(self.config.dtype)
+
+
+# --- a graphed layer of four ranks ---
+
+#: Tokens of each rank of the graphed layer.
+COUNTS = (40, 0, 33, 24)
+
+
+def layer(dtype: torch.dtype = torch.bfloat16, **changes: object) -> tuple[MoEConfig, MoEWeights]:
+    """Return a layer with every term visible, and its weights."""
+    config = MoEConfig(
+        **{  # type: ignore[arg-type]
+            "hidden_size": 64,
+            "moe_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 2.5,
+            "shared_expert_intermediate_size": 24,
+            "dtype": dtype,
+            **changes,
+        }
+    )
+    return config, MoEWeights.random(config, 3)
+
+
+def graphed(
+    faults: dict[str, Fault] | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Graphed, Truth, RoundingContract]:
+    """Return a graphed layer of four ranks, its truth and its contract."""
+    config, weights = layer(dtype)
+    hidden = [tokens(config, count, seed) for seed, count in enumerate(COUNTS)]
+    contract = graphed_contract(config, "grouped_mm", "p2p", torch.float32)
+    return Graphed(config, weights, hidden, faults or {}), Truth(config, weights, hidden), contract
+
+
+def verdict_of(faults: dict[str, Fault] | None = None, tapped: bool = True) -> Verdict:
+    """Judge a graphed layer, with something wrong or without."""
+    subject, truth, contract = graphed(faults)
+    return judge(subject.observe(tapped), truth, contract)
+
+
+def on_rank(which: int, change: Callable[[Tensor], Tensor]) -> Fault:
+    """Return a fault of one rank only."""
+    return lambda rank, tensor: change(tensor) if rank == which else tensor

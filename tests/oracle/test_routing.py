@@ -1,13 +1,11 @@
-"""What a correct router may answer: against the reference, and against brute force.
+"""Selection and weights against the reference; ambiguity; answers for subjects without ids.
 
 Legend: T tokens, H hidden_size, E experts, G groups, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations, product
 
 import pytest
 import torch
@@ -15,243 +13,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.oracle.routers import (
+    admitted,
+    config_of,
+    reachable,
+    truth_of,
+    truth_of_logits,
+    truth_of_scores,
+    uncertain_scores,
+)
 from tests.reference.inputs import fp64_configs, tokens
 from twinmoe.oracle.comparison import compare
-from twinmoe.oracle.contract import storage_contract
-from twinmoe.oracle.envelope import Enclosure, Grade
-from twinmoe.oracle.rounding import FP32
 from twinmoe.oracle.routing import RoutingTruth
-from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.router import TopKRouter
 from twinmoe.reference.weights import MoEWeights
 
 seeds = st.integers(0, 2**32)
-
-
-def config_of(experts: int, k: int, **settings: object) -> MoEConfig:
-    """Return a small fp32 layer; only its routing matters."""
-    sizes = {"hidden_size": 4, "moe_intermediate_size": 1, "dtype": torch.float32}
-    return MoEConfig(
-        **(sizes | {"num_experts": experts, "num_experts_per_tok": k} | settings)  # type: ignore[arg-type]
-    )
-
-
-def truth_of(config: MoEConfig, weights: MoEWeights, x_TH: Tensor) -> RoutingTruth:
-    """Return the routing truth of exact inputs in the arithmetic of ``config``."""
-    return RoutingTruth.of(
-        config,
-        Enclosure.exact(x_TH),
-        weights.router_EH,
-        weights.correction_bias_E,
-        storage_contract("any", config.dtype, config.router_dtype),
-        Grade.SHARP,
-    )
-
-
-def truth_of_logits(config: MoEConfig, logits_TE: Sequence[Sequence[float]]) -> RoutingTruth:
-    """Return the routing truth of given logits, which the router computes without error."""
-    config = replace(config, hidden_size=config.num_experts)
-    weights = MoEWeights.random(config, 0)
-    identity = replace(weights, router_EH=torch.eye(config.num_experts), correction_bias_E=None)
-    return truth_of(config, identity, torch.tensor(logits_TE, dtype=torch.float32))
-
-
-def truth_of_scores(config: MoEConfig, value_E: Tensor, radius_E: Tensor) -> RoutingTruth:
-    """Return the truth of one token whose scores are known to lie in given intervals."""
-    scores = Enclosure(value_E[None].double(), radius_E[None].double())
-    inexact = Enclosure(scores.value, torch.ones_like(scores.value))
-    bias_E = torch.zeros(config.num_experts, dtype=torch.float64)
-    ids_1K = TopKRouter(config, MoEWeights.random(config, 0)).select(scores.value)
-    return RoutingTruth(config, inexact, scores, scores, bias_E, ids_1K, FP32)
-
-
-# --- brute force: every score on a grid inside its interval, every way to break a tie --------
-
-
-def reachable(config: MoEConfig, value_E: Tensor, radius_E: Tensor) -> set[tuple[int, ...]]:
-    """Return every set that some scores inside the intervals can lead to."""
-    steps = [
-        [float(v)] if not r else (float(v) + float(r) * torch.linspace(-1, 1, 5)).tolist()
-        for v, r in zip(value_E, radius_E, strict=True)
-    ]
-    scores_NE = torch.tensor(list(product(*steps)), dtype=torch.float64)
-    size = config.num_experts // config.n_group
-    best = 2 if config.group_score == "top2_sum" and size > 1 else 1
-    grouped_NGE = scores_NE.view(-1, config.n_group, size)
-    group_NG = grouped_NGE.sort(dim=2, descending=True).values[..., :best].sum(dim=2)
-    found = set()
-    for kept in combinations(range(config.n_group), config.topk_group):
-        rows_NE = scores_NE[_may_win(group_NG, kept)]
-        open_to = [e for e in range(config.num_experts) if e // size in kept]
-        for chosen in combinations(open_to, config.num_experts_per_tok):
-            own = [open_to.index(e) for e in chosen]
-            if _may_win(rows_NE[:, open_to], own).any():
-                found.add(chosen)
-    return found
-
-
-def _may_win(values_NM: Tensor, chosen: Sequence[int]) -> Tensor:
-    """Rows in which no other column exceeds a chosen one."""
-    rest = [m for m in range(values_NM.shape[1]) if m not in chosen]
-    weakest = values_NM[:, list(chosen)].amin(dim=1)
-    return (values_NM[:, rest] <= weakest[:, None]).all(dim=1)
-
-
-def admitted(truth: RoutingTruth) -> set[tuple[int, ...]]:
-    """Return every set of k experts that the judge would accept for the first token."""
-    config = truth.config
-    return {
-        chosen
-        for chosen in combinations(range(config.num_experts), config.num_experts_per_tok)
-        if truth.admissible(torch.tensor([chosen]).expand(len(truth.ids_TK), -1))[0]
-    }
-
-
-@st.composite
-def uncertain_scores(draw: st.DrawFn, grouped: bool) -> tuple[MoEConfig, Tensor, Tensor]:
-    """Draw a small config and integer scores of six experts, at most five of them uncertain."""
-    n_group = draw(st.sampled_from([2, 3])) if grouped else 1
-    topk_group = draw(st.integers(1, n_group))
-    k = draw(st.integers(1, min(5, topk_group * 6 // n_group)))
-    score = draw(st.sampled_from(["max", "top2_sum"]))
-    config = config_of(6, k, n_group=n_group, topk_group=topk_group, group_score=score)
-    value_E = torch.tensor([draw(st.integers(1, 9)) for _ in range(6)])
-    radius_E = torch.tensor([draw(st.sampled_from([0, 0, 1, 2])) for _ in range(5)] + [0])
-    return config, value_E, radius_E
-
-
-@given(drawn=uncertain_scores(grouped=False))
-def test_without_groups_the_admissible_sets_are_those_within_reach(drawn):
-    """Exactly the sets that some scores inside the intervals lead to, no more, no fewer."""
-    config, value_E, radius_E = drawn
-    truth = truth_of_scores(config, value_E, radius_E)
-    assert admitted(truth) == reachable(config, value_E, radius_E)
-
-
-@given(drawn=uncertain_scores(grouped=True))
-def test_with_groups_every_set_within_reach_is_admissible(drawn):
-    """No answer of a correct router is refused, for either group score."""
-    config, value_E, radius_E = drawn
-    truth = truth_of_scores(config, value_E, radius_E)
-    assert reachable(config, value_E, radius_E) <= admitted(truth)
-
-
-@given(seed=seeds)
-def test_with_groups_certain_scores_admit_one_set(seed):
-    """Where all scores are certain and distinct, only the exact selection is admissible."""
-    g = torch.Generator().manual_seed(seed)
-    n_group = int(torch.randint(1, 4, (), generator=g))
-    topk_group = int(torch.randint(1, n_group + 1, (), generator=g))
-    k = int(torch.randint(1, min(5, topk_group * 6 // n_group) + 1, (), generator=g))
-    config = config_of(6, k, n_group=n_group, topk_group=topk_group)
-    # distinct sums of any two, too
-    value_E = 2 ** torch.randperm(6, generator=g)
-    truth = truth_of_scores(config, value_E, torch.zeros(6))
-    assert admitted(truth) == reachable(config, value_E, torch.zeros(6))
-    assert len(admitted(truth)) == 1
-
-
-def test_some_group_fills_the_last_place():
-    """With groups near-tied for the last place, one of them competes, whichever it is.
-
-    Group 0 is certainly kept, and groups 1 and 2 tie for the other place.  Both hold an
-    expert far above group 0's, so no correct router chooses from group 0.
-    """
-    config = config_of(6, 1, n_group=3, topk_group=2)
-    value_E, radius_E = torch.tensor([50, 49, 80, 1, 79, 2]), torch.tensor([0, 0, 1, 0, 1, 0])
-    assert reachable(config, value_E, radius_E) == {(2,), (4,)}
-    assert admitted(truth_of_scores(config, value_E, radius_E)) == {(2,), (4,)}
-
-
-# --- ties ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
-def test_of_exactly_tied_experts_only_the_lowest_ids_are_admissible(scoring):
-    """Logits without error tie exactly under any scoring, so that the tie rule decides."""
-    truth = truth_of_logits(config_of(4, 2, scoring_func=scoring), [[1, 2, 1, 1], [3, 3, 3, 3]])
-    assert admitted(truth) == {(0, 1)}
-    assert truth.admissible(torch.tensor([[0, 1], [0, 1]])).tolist() == [True, True]
-    assert truth.admissible(torch.tensor([[2, 1], [0, 2]])).tolist() == [False, False]
-
-
-def test_the_order_of_an_answer_does_not_matter():
-    """An answer is a set: any order of the same experts is as good."""
-    truth = truth_of_logits(config_of(5, 3), [[5, 4, 3, 2, 1]])
-    for ids in ([0, 1, 2], [2, 0, 1]):
-        assert truth.admissible(torch.tensor([ids])).all()
-
-
-def test_of_exactly_tied_groups_only_the_lowest_is_admissible():
-    """Equal scores make equal group scores: the tie rule holds among groups, too."""
-    config = config_of(4, 1, n_group=2, topk_group=1)
-    assert admitted(truth_of_logits(config, [[1, 1, 1, 1]])) == {(0,)}
-
-
-def test_a_tie_with_another_bias_is_no_tie():
-    """Equal logits under different biases are ranked by their biased scores."""
-    config = config_of(3, 1, use_correction_bias=True, scoring_func="sigmoid", hidden_size=3)
-    weights = replace(
-        MoEWeights.random(config, 0),
-        router_EH=torch.eye(3),
-        correction_bias_E=torch.tensor([0.0, 0.5, 0.0]),
-    )
-    truth = truth_of(config, weights, torch.ones(1, 3))
-    assert admitted(truth) == {(1,)}
-    assert truth.ids_TK.tolist() == [[1]]
-
-
-@given(seed=seeds)
-def test_the_references_ties_are_admissible(seed):
-    """Integer logits with many exact ties, groups included: the fp32 router is never refused."""
-    g = torch.Generator().manual_seed(seed)
-    config = config_of(8, 3, n_group=4, topk_group=2, hidden_size=8, scoring_func="sigmoid")
-    router_EH = torch.randint(-1, 2, (8, 8), generator=g).float()[torch.arange(8) // 2]
-    weights = replace(MoEWeights.random(config, 0), router_EH=router_EH)
-    x_TH = torch.randint(-2, 3, (16, 8), generator=g).float()
-    truth = truth_of(config, weights, x_TH)
-    assert truth.admissible(TopKRouter(config, weights)(x_TH).ids_TK).all()
-
-
-# --- what is no answer at all ----------------------------------------------------------------
-
-
-@given(drawn=uncertain_scores(grouped=True))
-def test_duplicates_are_never_admissible(drawn):
-    """An expert named twice stands for a slot lost."""
-    config, value_E, radius_E = drawn
-    if config.num_experts_per_tok > 1:
-        truth = truth_of_scores(config, value_E, radius_E)
-        doubled = truth.ids_TK.clone()
-        doubled[:, 0] = doubled[:, 1]
-        assert not truth.admissible(doubled).any()
-
-
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
-def test_a_nan_token_may_go_anywhere_once(scoring):
-    """Nothing ranks a token of NaN: any distinct experts do, and its neighbours are unaffected."""
-    nan = torch.nan
-    config = config_of(4, 2, scoring_func=scoring)
-    truth = truth_of_logits(config, [[nan, nan, nan, nan], [4, 3, 2, 1]])
-    assert truth.admissible(torch.tensor([[3, 1], [0, 1]])).tolist() == [True, True]
-    assert truth.admissible(torch.tensor([[3, 3], [0, 2]])).tolist() == [False, False]
-    assert truth.weights(torch.tensor([[3, 1], [0, 1]])).value[0].isnan().all()
-
-
-@pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
-def test_the_reference_is_admissible_when_one_expert_scores_nan(scoring):
-    """A NaN score ranks last in the reference; the judge has to accept that."""
-    config = config_of(6, 2, scoring_func=scoring, n_group=3, topk_group=2, hidden_size=6)
-    router_EH = torch.eye(6)
-    router_EH[1, 1] = torch.nan
-    weights = replace(MoEWeights.random(config, 0), router_EH=router_EH)
-    x_TH = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
-    routing = TopKRouter(config, weights)(x_TH)
-    assert not (routing.ids_TK == 1).any()
-    assert truth_of(config, weights, x_TH).admissible(routing.ids_TK).all()
-
-
-# --- selection and weights against the reference ---------------------------------------------
 
 
 @given(config=fp64_configs(), seed=seeds)
