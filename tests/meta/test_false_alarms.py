@@ -92,7 +92,7 @@ def test_correct_layers_raise_no_alarm(
     ],
 )
 def test_many_tokens_raise_no_alarm(name: str, kind: str, dtype: torch.dtype) -> None:
-    """Rates and signs over 256 tokens, which small batches cannot resolve, pass as well."""
+    """Rates and signs over 512 tokens, which small batches cannot resolve, pass as well."""
     config = MoEConfig(
         hidden_size=256,
         moe_intermediate_size=128,
@@ -100,6 +100,6 @@ def test_many_tokens_raise_no_alarm(name: str, kind: str, dtype: torch.dtype) ->
         num_experts_per_tok=2,
         dtype=dtype,
     )
-    inputs = draw_inputs(kind, config, (128, 128), seed=11)
+    inputs = draw_inputs(kind, config, (256, 256), seed=11)
     raised = list(alarms(kind, inputs, PATHS[name], seed=11))
     assert not raised, "\n\n".join(raised)
