@@ -26,7 +26,7 @@ from twinmoe.oracle.contract import RoundingContract, Wire
 from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, product, total
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
-from twinmoe.oracle.power import visible_slots
+from twinmoe.oracle.power import certify
 from twinmoe.oracle.spread import Spread
 from twinmoe.oracle.truth import Stages, Truth, across_ranks, with_shared
 from twinmoe.oracle.verdict import Finding, Verdict
@@ -224,8 +224,18 @@ class _Judgement:
         if not any(finding.stage == "output" for finding in verdict.findings):
             proof = self._breaks_hard(result, ids_TK)
             self._outside_finding("output", "out", "dim", observed, result, proof)
-        verdict.slots, verdict.slots_visible = visible_slots(free, result, self.contract.output)
+        power = certify(free, self._rivals(ids_TK), result, self.contract.output)
+        verdict.slots, verdict.slots_visible = power.slots, power.visible
+        verdict.slots_distinct = power.distinct
         self._aggregates(result, ids_TK)
+
+    def _rivals(self, ids_TK: Tensor) -> Tensor | None:
+        """The output [T, H] of each token's best expert that was not chosen."""
+        rivals = self.routing.best_rival(ids_TK)
+        if rivals is None:
+            return None
+        ones = Enclosure.exact(torch.ones(len(rivals), 1))
+        return self.truth.expert_outputs(self.contract, rivals[:, None], ones).value[:, 0]
 
     def _aggregates(self, result: Comparison, ids_TK: Tensor) -> None:
         """Flip rate and sign, for the batch, each rank and each expert's tokens."""

@@ -4,6 +4,8 @@ A case in which a slot's contribution drowns in the allowed error proves nothing
 that slot.  No mutant is run: the truth's own terms tell.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,37 @@ from twinmoe.oracle.truth import Stages
 VISIBLE_RATIO = 4.0
 
 
-def visible_slots(stages: Stages[Enclosure], result: Comparison, output: Format) -> tuple[int, int]:
-    """(slots, those whose loss would show): max over d of |term_d| / half-width_d >= 4."""
-    terms_TKH: Tensor = stages.terms_TKH.value.abs()
+@dataclass(frozen=True)
+class Power:
+    """Of ``slots`` contributions: how many would be missed, or told from the best rival's.
+
+    ``visible``: max over d of |term_d| / half-width_d is at least 4.  ``distinct``: the same
+    for |term_d - weight rival_d|, the expert that was nearest to being chosen instead.
+    """
+
+    slots: int
+    visible: int
+    distinct: int
+
+
+def certify(
+    stages: Stages[Enclosure], rival_TH: Tensor | None, result: Comparison, output: Format
+) -> Power:
+    """Hold each slot's contribution against the allowed error of its token's output.
+
+    ``rival_TH``: output of each token's best rival expert; None where every expert is
+    chosen, and nothing can be mistaken.
+    """
+    terms_TKH = stages.terms_TKH.value
     spacing = ulp(result.centre.nan_to_num(), output)
-    half_width = torch.maximum((result.high - result.low) / 2, spacing / 2)
-    visible = (terms_TKH / half_width[:, None, :]).amax(dim=-1) >= VISIBLE_RATIO
-    return visible.numel(), int(visible.sum())
+    half_width_T1H = torch.maximum((result.high - result.low) / 2, spacing / 2)[:, None, :]
+
+    def seen(difference_TKH: Tensor) -> int:
+        ratio_TK = (difference_TKH.abs() / half_width_T1H).amax(dim=-1)
+        return int((ratio_TK >= VISIBLE_RATIO).sum())
+
+    slots = terms_TKH.shape[0] * terms_TKH.shape[1]
+    if rival_TH is None:
+        return Power(slots, seen(terms_TKH), slots)
+    swapped_TKH = terms_TKH - stages.weights_TK.value[..., None] * rival_TH[:, None, :]
+    return Power(slots, seen(terms_TKH), seen(swapped_TKH))

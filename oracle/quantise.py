@@ -40,7 +40,7 @@ def quantised(x: E, quantiser: Quantiser | None) -> E:
     """Enclose the dequantised tensor; x is [..., n], the last block may be short.
 
     The scale lies between those of amax(|x| - e) and amax(|x| + e); the code between the
-    roundings of the four corners; the product between the corners' products.  Where the
+    least and the greatest of the four corners; the product between their products.  Where the
     block's values are certain, so is the result, and the radius is 0.
     """
     if quantiser is None:
@@ -54,13 +54,16 @@ def quantised(x: E, quantiser: Quantiser | None) -> E:
     lowest = (value.abs() - radius).clamp(min=0).amax(dim=-1, keepdim=True)
     highest = (value.abs() + radius).amax(dim=-1, keepdim=True)
     scales = [quantiser.scale(bound) for bound in (lowest, highest)]
-    corners = torch.stack(
+    codes = torch.stack(
         [
-            round_to(end / scale, quantiser.codes) * scale
+            round_to(end / scale, quantiser.codes)
             for end in (value - radius, value + radius)
             for scale in scales
         ]
     )
+    # a code that one scale gives may meet the other: codes and scales vary on their own
+    extremes = (codes.amin(dim=0), codes.amax(dim=0))
+    corners = torch.stack([code * scale for code in extremes for scale in scales])
     scale = quantiser.scale(value.abs().amax(dim=-1, keepdim=True))
     centre = round_to(value / scale, quantiser.codes) * scale
     reach = torch.maximum(corners.amax(dim=0) - centre, centre - corners.amin(dim=0))

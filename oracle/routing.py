@@ -142,6 +142,13 @@ class RoutingTruth:
         near &= chosen[:, :, None] & rivals[:, None, :] & ~self._tied_experts()
         return near.flatten(1).any(dim=-1) | self._groups_ambiguous()
 
+    def best_rival(self, ids_TK: Tensor) -> Tensor | None:
+        """[T]: the highest-ranked expert of each token that ``ids_TK`` leaves out; None if none."""
+        if self.config.num_experts_per_tok == self.config.num_experts:
+            return None
+        ranked = self.selection_TE.value.nan_to_num(nan=torch.finfo(torch.float64).min)
+        return ranked.scatter(1, ids_TK, -torch.inf).argmax(dim=1)
+
     def candidates(self, token: int, limit: int) -> list[Tensor]:
         """Admissible answers [K] for one token, the exact one first; at most ``limit``.
 

@@ -124,7 +124,7 @@ class Truth:
         """
         y_TKH = expert_output_TKH
         if y_TKH is None or self.config.router_weight_on_input:
-            y_TKH = self._expert_outputs(contract, ids_TK, weights_TK, grade)
+            y_TKH = self.expert_outputs(contract, ids_TK, weights_TK, grade)
         terms_TKH = y_TKH
         if not self.config.router_weight_on_input:
             terms_TKH = product(weights_TK[..., None], y_TKH, contract.accumulator)
@@ -136,9 +136,14 @@ class Truth:
             sum_TH = with_shared(contract, routed_TH, shared_TH)
         return Stages(weights_TK, y_TKH, terms_TKH, partials_RTH, routed_TH, shared_TH, sum_TH)
 
-    def _expert_outputs(
-        self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E, grade: Grade
+    def expert_outputs(
+        self,
+        contract: RoundingContract,
+        ids_TK: Tensor,
+        weights_TK: E,
+        grade: Grade = Grade.SHARP,
     ) -> E:
+        """Each slot's expert output [T, K, H], unweighted unless the weight is on the input."""
         parts: list[tuple[Index, E]] = []
         for expert in ids_TK.unique().tolist():
             if expert < 0:

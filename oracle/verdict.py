@@ -32,7 +32,8 @@ class Verdict:
 
     ``worst_ratio`` is the largest error over allowed error at the output (<= 1 inside);
     ``flips`` of ``elements`` outputs differ from the rounded truth; ``slots_visible`` of
-    ``slots`` contributions are large enough to be seen if they went missing;
+    ``slots`` contributions are large enough to be seen if they went missing,
+    ``slots_distinct`` if the best rival expert took their place;
     ``ambiguous`` tokens had more than one admissible set of experts.
     """
 
@@ -47,6 +48,7 @@ class Verdict:
     ambiguous: int = 0
     slots: int = 0
     slots_visible: int = 0
+    slots_distinct: int = 0
     conclusive: bool = True
 
     @property
@@ -72,7 +74,8 @@ class Verdict:
             return (
                 f"equivalent under {self.contract.name}: worst ratio {self.worst_ratio:.2f}, "
                 f"{self.flips} of {self.elements} elements flipped, "
-                f"{self.slots_visible} of {self.slots} slots visible"
+                f"{self.slots_visible} of {self.slots} slots visible, "
+                f"{self.slots_distinct} told from their rival"
             )
         others = sorted({f.stage for f in self.findings} - {culprit.stage}, key=STAGES.index)
         lines = [culprit.message, f"  path: {self.path}   stage: {culprit.stage}"]

@@ -29,16 +29,16 @@ class RememberingTruth(Truth):
         super().__init__(config, weights, hidden_by_rank)
         self._known: OrderedDict[Hashable, object] = OrderedDict()
 
-    def _expert_outputs(
+    def expert_outputs(
         self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E, grade: Grade
     ) -> E:
         if self.config.router_weight_on_input:
-            return super()._expert_outputs(contract, ids_TK, weights_TK, grade)
+            return super().expert_outputs(contract, ids_TK, weights_TK, grade)
         where_T2 = torch.stack([self.rank_T, self.row_T], dim=1)
         tokens, experts = (t.contiguous().numpy().tobytes() for t in (where_T2, ids_TK))
         key = (contract, tokens, experts, type(weights_TK), grade)
         if key not in self._known:
-            self._known[key] = super()._expert_outputs(contract, ids_TK, weights_TK, grade)
+            self._known[key] = super().expert_outputs(contract, ids_TK, weights_TK, grade)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         return self._known[key]  # type: ignore[return-value]

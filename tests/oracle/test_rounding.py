@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -72,9 +73,8 @@ def nearest_even(value: float, target: Format) -> float:
     """Round in exact rational arithmetic; Python rounds a Fraction's ties to even."""
     exact = Fraction(value)
     largest = Fraction(target.max_value)
-    spacing = Fraction(2) ** (target.min_exponent - target.precision + 1)
-    while abs(exact) >= spacing * 2**target.precision:
-        spacing *= 2
+    leading_bit = max(math.frexp(value)[1] - 1, target.min_exponent)
+    spacing = Fraction(2) ** (leading_bit - target.precision + 1)
     rounded = round(exact / spacing) * spacing
     if abs(rounded) > largest:
         return float("inf") if rounded > 0 else float("-inf")
