@@ -30,8 +30,13 @@ class RememberingTruth(Truth):
         self._known: OrderedDict[Hashable, object] = OrderedDict()
 
     def expert_outputs(
-        self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E, grade: Grade
+        self,
+        contract: RoundingContract,
+        ids_TK: Tensor,
+        weights_TK: E,
+        grade: Grade = Grade.SHARP,
     ) -> E:
+        """See :meth:`Truth.expert_outputs`."""
         if self.config.router_weight_on_input:
             return super().expert_outputs(contract, ids_TK, weights_TK, grade)
         where_T2 = torch.stack([self.rank_T, self.row_T], dim=1)
