@@ -21,7 +21,7 @@ twinmoe_install() {
     # torch first, so that its pinned build is settled before anything that depends on it.
     .venv/bin/python -m pip install --quiet -c ci/constraints.txt torch setuptools
     .venv/bin/python -m pip install --quiet -c ci/constraints.txt --no-build-isolation \
-        -e '.[test,lint]'
+        -e '.[test,lint,plot]'
 }
 
 # Two scripts started together must not install into one folder at the same time.

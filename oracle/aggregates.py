@@ -90,3 +90,33 @@ def groupings(rank_T: Tensor, ids_TK: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"rank {rank}", rank_T == rank
     for expert in ids_TK.unique().tolist():
         yield f"tokens of expert {expert}", (ids_TK == expert).any(dim=1)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What an aggregate shows, and the first token of the group that shows it."""
+
+    token: int
+    message: str
+
+
+def first_alarm(flips: Flips, rank_T: Tensor, ids_TK: Tensor, judged_T: Tensor) -> Alarm | None:
+    """Test the flips of the batch, then of each rank's and each expert's judged tokens."""
+    for name, mask in groupings(rank_T, ids_TK):
+        some = flips.subset(mask & judged_T)
+        if too_many(some):
+            return Alarm(
+                int(mask.nonzero()[0]),
+                f"{float(some.rate_T.mean()):.1%} of the elements of {name} differ from the "
+                f"rounded truth, at most {float(some.expected_T.mean()):.1%} expected: each is "
+                "inside its interval, but the rounding is not the declared one",
+            )
+        if one_sided(some):
+            mean = float(some.sign_T.nanmean())
+            return Alarm(
+                int(mask.nonzero()[0]),
+                f"the elements of {name} that differ from the rounded truth lie "
+                f"{'away from' if mean > 0 else 'toward'} zero of it (mean sign {mean:+.2f}): "
+                "a cast truncates",
+            )
+    return None

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from twinmoe.optimized import launch
+from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.oracle import breadcrumbs, worker
 from twinmoe.oracle.breadcrumbs import Footprint, Trail
 
@@ -116,11 +117,14 @@ class Crew:
         self.kill()
 
     def kill(self) -> None:
-        """End every worker at once and remove the directory."""
+        """End every worker at once and remove the directory, and what a rendezvous had named."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
+            pid = process.pid
             process.join(_GOODBYE_S)
+            if pid is not None:
+                remove_leftovers(pid)
             if process.exitcode is not None:
                 process.close()
         for pipe in self.pipes:

@@ -28,7 +28,7 @@ from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.power import certify
 from twinmoe.oracle.spread import Spread
-from twinmoe.oracle.truth import Stages, Truth, across_ranks, with_shared
+from twinmoe.oracle.truth import Stages, Truth, across_ranks, rank_order_sum, with_shared
 from twinmoe.oracle.verdict import Finding, Verdict
 
 #: Above this share of near-tied tokens, a case without an ids tap proves nothing.
@@ -197,7 +197,7 @@ class _Judgement:
         if routed is None:
             return
         if partials is not None and self.contract.wire is Wire.RANK_ORDER:
-            allowed = Enclosure.exact(_rank_order_sum(partials))
+            allowed = Enclosure.exact(rank_order_sum(partials))
         elif partials is not None:
             allowed = across_ranks(self.contract, Enclosure.exact(partials))
         elif outputs is not None:
@@ -250,27 +250,9 @@ class _Judgement:
         self.verdict.expected_flips = float(chance.sum())
         if self.verdict.findings:
             return
-        for name, mask in aggregates.groupings(self.truth.rank_T, ids_TK):
-            some = flips.subset(mask & self.judged_T)
-            if aggregates.too_many(some):
-                self._report(
-                    "output",
-                    int(mask.nonzero()[0]),
-                    f"{float(some.rate_T.mean()):.1%} of the elements of {name} differ from the "
-                    f"rounded truth, at most {float(some.expected_T.mean()):.1%} expected: each is "
-                    "inside its interval, but the rounding is not the declared one",
-                )
-                return
-            if aggregates.one_sided(some):
-                side = "away from" if float(some.sign_T.nanmean()) > 0 else "toward"
-                self._report(
-                    "output",
-                    int(mask.nonzero()[0]),
-                    f"the elements of {name} that differ from the rounded truth lie {side} zero "
-                    f"of it (mean sign {float(some.sign_T.nanmean()):+.2f}): "
-                    "a cast truncates",
-                )
-                return
+        alarm = aggregates.first_alarm(flips, self.truth.rank_T, ids_TK, self.judged_T)
+        if alarm is not None:
+            self._report("output", alarm.token, alarm.message)
 
     # --- findings ---------------------------------------------------------------------
 
@@ -350,11 +332,3 @@ def _bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes as integers, so that NaN equals itself and -0 is not 0."""
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(width[tensor.element_size()])
-
-
-def _rank_order_sum(shares_RTH: Tensor) -> Tensor:
-    """fp32 accumulation in the order of ranks, as the reduce-scatter kernel does."""
-    total_TH = torch.zeros_like(shares_RTH[0], dtype=torch.float32)
-    for share_TH in shares_RTH:
-        total_TH = total_TH + share_TH.float()
-    return total_TH

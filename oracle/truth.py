@@ -237,6 +237,14 @@ def across_ranks(contract: RoundingContract, partials_RTH: E) -> E:
     return rounded(total(partials_RTH, 0, accumulator), contract.reduced)
 
 
+def rank_order_sum(shares_RTH: Tensor) -> Tensor:
+    """fp32 accumulation in the order of ranks, bit for bit as the reduce-scatter kernel does."""
+    total_TH = torch.zeros_like(shares_RTH[0], dtype=torch.float32)
+    for share_TH in shares_RTH:
+        total_TH = total_TH + share_TH.float()
+    return total_TH
+
+
 def with_shared(contract: RoundingContract, routed_TH: E, shared_TH: E) -> E:
     """The routed sum plus the shared expert, in the accumulator."""
     return total(type(routed_TH).stack([routed_TH, shared_TH]), 0, contract.accumulator)

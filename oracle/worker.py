@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.oracle import wire
 from twinmoe.oracle.breadcrumbs import Recorder, Trail
@@ -97,6 +98,7 @@ def _listen(post: Post, connection: Connection, tasks: SimpleQueue[bytes]) -> No
         while True:
             tasks.put(connection.recv_bytes())
     shutil.rmtree(post.directory, ignore_errors=True)
+    remove_leftovers(os.getpid())
     os._exit(1)
 
 

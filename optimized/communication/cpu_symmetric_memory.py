@@ -91,3 +91,9 @@ class CpuSymmetricMemory:
         self._mapped = ((), ())
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.signal_pad = torch.empty(0, dtype=torch.int32)
+
+
+def remove_leftovers(pid: int) -> None:
+    """Remove the names that process ``pid`` left behind when it was killed during a rendezvous."""
+    for path in _FOLDER.glob(f"twinmoe-{pid}-*"):
+        path.unlink(missing_ok=True)
