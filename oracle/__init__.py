@@ -1,7 +1,7 @@
 """The judge: runs layers side by side and decides numerical equivalence.
 
 Two functions serve without the rest: ``judge`` decides, ``assert_equivalent`` raises.
-``docs/equivalence.md`` explains both with worked examples.
+``docs/judging.md`` shows both in worked examples.
 """
 
 from twinmoe.oracle.assertion import assert_equivalent

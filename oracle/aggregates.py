@@ -100,8 +100,13 @@ class Alarm:
     message: str
 
 
-def first_alarm(flips: Flips, rank_T: Tensor, ids_TK: Tensor, judged_T: Tensor) -> Alarm | None:
-    """Test the flips of the batch, then of each rank's and each expert's judged tokens."""
+def first_alarm(
+    flips: Flips, rank_T: Tensor, ids_TK: Tensor, judged_T: Tensor, signed: bool = True
+) -> Alarm | None:
+    """Test the flips of the batch, then of each rank's and each expert's judged tokens.
+
+    ``signed``: whether declared arithmetic errs to both sides alike.
+    """
     for name, mask in groupings(rank_T, ids_TK):
         some = flips.subset(mask & judged_T)
         if too_many(some):
@@ -111,7 +116,7 @@ def first_alarm(flips: Flips, rank_T: Tensor, ids_TK: Tensor, judged_T: Tensor) 
                 f"rounded truth, at most {float(some.expected_T.mean()):.1%} expected: each is "
                 "inside its interval, but the rounding is not the declared one",
             )
-        if one_sided(some):
+        if signed and one_sided(some):
             mean = float(some.sign_T.nanmean())
             return Alarm(
                 int(mask.nonzero()[0]),

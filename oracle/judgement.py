@@ -250,7 +250,9 @@ class _Judgement:
         self.verdict.expected_flips = float(chance.sum())
         if self.verdict.findings:
             return
-        alarm = aggregates.first_alarm(flips, self.truth.rank_T, ids_TK, self.judged_T)
+        # tensor cores truncate inside: what they declare lies to one side by nature
+        signed = not self.contract.accumulator.block
+        alarm = aggregates.first_alarm(flips, self.truth.rank_T, ids_TK, self.judged_T, signed)
         if alarm is not None:
             self._report("output", alarm.token, alarm.message)
 
