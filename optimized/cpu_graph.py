@@ -94,12 +94,12 @@ class _Recording(TorchDispatchMode):
         self._tape = tape
         self.inside_launch = False
 
-    def keep_launch(self, name: str, operation: launch.Operation) -> None:
+    def keep_launch(self, name: str, operation: launch.Operation, on: str) -> None:
         """Run a kernel or collective; what it does inside is its own affair."""
-        self._tape.append(lambda: launch.execute(name, operation))
+        self._tape.append(lambda: launch.execute(name, operation, on))
         self.inside_launch = True
         try:
-            launch.execute(name, operation)
+            launch.execute(name, operation, on)
         finally:
             self.inside_launch = False
 

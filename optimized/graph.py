@@ -105,6 +105,14 @@ class GraphRunner:
         self.last, self.last_bucket = captured, bucket
         return captured.output_NH[:tokens].clone()
 
+    def static_tensors(self) -> list[Tensor]:
+        """What captured graphs read or write at fixed addresses, apart from weights and counts."""
+        return [
+            tensor
+            for captured in self._captured.values()
+            for tensor in (captured.hidden_NH, captured.output_NH, *captured.taps.values())
+        ]
+
     def bucket_for(self, tokens: int) -> int:
         """The smallest bucket that holds ``tokens`` rows."""
         for bucket in self.buckets:

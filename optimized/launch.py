@@ -15,28 +15,28 @@ import torch
 #: Launches so far in this process, by kernel or collective name.
 COUNTS: Counter[str] = Counter()
 
-#: Told the name of each operation just before it starts.
-observers: list[Callable[[str], None]] = []
+#: Told each operation's name, and the sizes that all ranks must agree on, just before it starts.
+observers: list[Callable[[str, str], None]] = []
 
 Operation = Callable[[], None]
 
 #: While the CPU stand-in captures: takes each operation, runs it and keeps it.
-_recorder: Callable[[str, Operation], None] | None = None
+_recorder: Callable[[str, Operation, str], None] | None = None
 
 
-def run(name: str, operation: Operation) -> None:
+def run(name: str, operation: Operation, on: str = "") -> None:
     """Run ``operation``, count it as ``name``, and let a live capture keep it.
 
     ``operation`` must touch only tensors that it closes over: a replay calls it
-    again, on the same storage.
+    again, on the same storage.  ``on`` says what a collective works on, alike on all ranks.
     """
-    (_recorder or execute)(name, operation)
+    (_recorder or execute)(name, operation, on)
 
 
-def execute(name: str, operation: Operation) -> None:
+def execute(name: str, operation: Operation, on: str = "") -> None:
     """Run and count ``operation`` without offering it to a capture."""
     for observer in observers:
-        observer(name)
+        observer(name, on)
     COUNTS[name] += 1
     operation()
 
@@ -46,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     run(kernel.fn.__name__, lambda: kernel[grid](*args, **kwargs))
 
 
-def record_to(recorder: Callable[[str, Operation], None] | None) -> None:
+def record_to(recorder: Callable[[str, Operation, str], None] | None) -> None:
     """Hand operations to ``recorder`` from now on; None ends the recording."""
     global _recorder  # noqa: PLW0603 - one capture at a time, as on a CUDA stream
     _recorder = recorder
@@ -57,3 +57,8 @@ def capturing() -> bool:
     if _recorder is not None:
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def sizes(*tensors: torch.Tensor) -> str:
+    """``[8, 2] int32, [8, 96] bfloat16``: what a collective works on, in words."""
+    return ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)

@@ -21,6 +21,7 @@ from twinmoe.optimized.communication.interface import Transport
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
 from twinmoe.optimized.options import InferenceOptions, check_agreement
+from twinmoe.optimized.shared_expert import SideStream
 from twinmoe.optimized.spec import InferenceSpecProvider
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
@@ -89,6 +90,7 @@ class MoELayer(nn.Module):
         self.shared_expert = (
             spec.shared_expert(config, weights) if config.has_shared_expert else None
         )
+        self._beside = SideStream(self.device)
         self._dispatcher_class = spec.dispatcher
 
     # --- the swap -----------------------------------------------------------------------
@@ -146,15 +148,20 @@ class MoELayer(nn.Module):
         self.check_hidden(hidden_TH)
         self._check_num_valid(num_valid)
         hidden_TH = hidden_TH.contiguous()
+        shared_expert = self.shared_expert
+        shared = None
+        if shared_expert is not None:
+            shared = self._beside.start(lambda: shared_expert(hidden_TH))
         routed_TH = (
             self._graphed_path(hidden_TH, num_valid)
             if self._is_graphed
             else self._eager_path(hidden_TH)
         )
         self._tap("routed", routed_TH)
-        if self.shared_expert is not None:
-            routed_TH = routed_TH + self.shared_expert(hidden_TH)
-        return routed_TH.to(self.config.dtype)
+        if shared is None:
+            return routed_TH.to(self.config.dtype)
+        # One rounding, and one launch: the sum is fp32 whatever the dtype it is stored in.
+        return torch.add(routed_TH, shared(), out=torch.empty_like(hidden_TH))
 
     def _eager_path(self, hidden_TH: Tensor) -> Tensor:
         routing = self.eager_router(hidden_TH)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from twinmoe.optimized.dispatcher import InferenceCUDAGraphTokenDispatcher
 from twinmoe.optimized.experts import InferenceGroupedMLP
 from twinmoe.optimized.router import InferenceTopKRouter
+from twinmoe.optimized.shared_expert import InferenceSharedExpert
 from twinmoe.reference.dispatch import MoEAlltoAllTokenDispatcher
 from twinmoe.reference.router import TopKRouter
 from twinmoe.reference.shared_expert import SharedExpertMLP
@@ -23,4 +24,4 @@ class InferenceSpecProvider:
     router: type[InferenceTopKRouter] = InferenceTopKRouter
     dispatcher: type[InferenceCUDAGraphTokenDispatcher] = InferenceCUDAGraphTokenDispatcher
     experts: type[InferenceGroupedMLP] = InferenceGroupedMLP
-    shared_expert: type[SharedExpertMLP] = SharedExpertMLP
+    shared_expert: type[SharedExpertMLP] = InferenceSharedExpert

@@ -77,7 +77,8 @@ def activate(name: str, a: E, accumulator: Format) -> E:
     value = activation.value(a.value)
     spread = activation.derivative(a.value).abs() * a.radius
     spread = spread + activation.curvature / 2 * a.radius.square()
-    evaluation = accumulator.unit * activation.evaluation(a.magnitude(), value.abs() + spread)
+    size = type(a)(value, spread).magnitude()
+    evaluation = accumulator.unit * activation.evaluation(a.magnitude(), size)
     # exp overflows below about -88 in fp32, squares underflow: the result may become 0
     underflow = accumulator.smallest_normal * (1 + a.value.abs()) * (value != 0)
     return type(a)(value, a.join(spread, evaluation + underflow))

@@ -1,15 +1,15 @@
 """What no single element shows: too many flipped roundings, and flips of one sign.
 
 Elements of one token share their upstream errors, so only tokens count as independent
-draws.  Both tests bound the mean of independent, bounded, per-token statistics by
-W. Hoeffding, J. Amer. Statist. Assoc. 58 (1963), theorem 1 (Chernoff's form for [0, 1])
-and theorem 2, and alarm when chance explains what was seen with probability below ALPHA.
-A binomial test over elements would claim more evidence than there is.
+draws.  Both tests bound the mean of independent, bounded, per-token statistics, by
+G. Bennett, J. Amer. Statist. Assoc. 57 (1962) and W. Hoeffding, J. Amer. Statist. Assoc. 58
+(1963), theorem 2, and alarm when chance explains what was seen with probability below
+ALPHA.  A binomial test over elements would claim more evidence than there is.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ NARROW_PRECISION = 11
 
 @dataclass(frozen=True)
 class Flips:
-    """Per token: share of flipped elements, its expected bound, and the flips' mean sign.
+    """Per token: share of flipped elements, bounds on its mean and variance, flips' mean sign.
 
     ``rate_T`` and ``expected_T`` in [0, 1]; ``sign_T`` in [-1, 1], the mean over a token's
     unlikely flips of sign((seen - rounded) * rounded): +1 is away from zero, NaN is none.
@@ -35,35 +35,41 @@ class Flips:
 
     rate_T: Tensor
     expected_T: Tensor
+    variance_T: Tensor
     sign_T: Tensor
 
     def subset(self, mask_T: Tensor) -> "Flips":
         """The tokens of a rank, or of an expert."""
-        return Flips(self.rate_T[mask_T], self.expected_T[mask_T], self.sign_T[mask_T])
+        return Flips(*(getattr(self, field.name)[mask_T] for field in fields(self)))
 
     def __len__(self) -> int:
         return len(self.rate_T)
 
 
-def flips_of(seen_TH: Tensor, rounded_TH: Tensor, chance_TH: Tensor) -> Flips:
+def flips_of(seen_TH: Tensor, rounded_TH: Tensor, chance_TH: Tensor, variance_T: Tensor) -> Flips:
     """Compare outputs with the rounded truth; ``chance_TH`` bounds each flip's probability."""
     flipped = (seen_TH != rounded_TH) & ~rounded_TH.isnan()
     direction = torch.sign((seen_TH - rounded_TH) * torch.sign(rounded_TH)).nan_to_num()
     unlikely = flipped & (chance_TH < UNLIKELY)
     count = unlikely.sum(dim=1)
     sign_T = (direction * unlikely).sum(dim=1) / count  # 0 / 0: NaN
-    return Flips(flipped.double().mean(dim=1), chance_TH.mean(dim=1), sign_T)
+    return Flips(flipped.double().mean(dim=1), chance_TH.mean(dim=1), variance_T, sign_T)
 
 
 def too_many(flips: Flips) -> bool:
-    """P(mean rate >= r) <= exp(-n KL(r || m)) for n tokens of mean expectation m."""
+    """P(mean rate >= m + t) <= exp(-n s h(t / s)), h(u) = (1 + u) ln(1 + u) - u.
+
+    For n tokens of mean expectation m and mean variance s.
+    """
     n = len(flips)
     if n == 0:
         return False
-    rate, expected = float(flips.rate_T.mean()), float(flips.expected_T.mean())
-    if rate <= expected or expected >= 1:
-        return False
-    return -n * _divergence(rate, expected) < math.log(ALPHA)
+    excess = float(flips.rate_T.mean() - flips.expected_T.mean())
+    variance = float(flips.variance_T.mean())
+    if excess <= 0 or variance == 0:
+        return excess > 0
+    u = excess / variance
+    return n * variance * ((1 + u) * math.log1p(u) - u) > -math.log(ALPHA)
 
 
 def one_sided(flips: Flips) -> bool:
@@ -71,16 +77,6 @@ def one_sided(flips: Flips) -> bool:
     signs = flips.sign_T[~flips.sign_T.isnan()]
     n = len(signs)
     return n > 0 and float(signs.mean()) ** 2 > 2 * math.log(2 / ALPHA) / n
-
-
-def _divergence(rate: float, expected: float) -> float:
-    """Kullback-Leibler divergence of Bernoulli(rate) from Bernoulli(expected), in nats."""
-    if expected == 0:
-        return math.inf
-    divergence = rate * math.log(rate / expected)
-    if rate < 1:
-        divergence += (1 - rate) * math.log((1 - rate) / (1 - expected))
-    return divergence
 
 
 def groupings(rank_T: Tensor, ids_TK: Tensor) -> Iterator[tuple[str, Tensor]]:

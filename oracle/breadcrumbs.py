@@ -5,16 +5,20 @@ how many operations its task has started, the last one's name, and how often eac
 name occurred.  Operations are the launches reported by ``twinmoe.optimized.launch``
 and the data collectives of ``torch.distributed``, which a worker wraps, so that a
 layer which knows nothing of this package is followed as well.
+
+Collectives are also kept whole, in :data:`journal`: name, sizes and order must be the
+same on all ranks, and a task may send its journal home to be compared.
 """
 
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from twinmoe.optimized import launch
@@ -41,6 +45,7 @@ COLLECTIVES = (
     "scatter_object_list",
 )
 _NAME_BYTES = 64
+_ON_BYTES = 192
 _MAX_NAMES = 64
 #: Counts the operations whose names came too late for the table.
 _OTHER_NAMES = "(other operations)"
@@ -68,6 +73,7 @@ class Trail(ctypes.Structure):
         ("sequence", ctypes.c_uint64),
         ("phase", ctypes.c_int32),
         ("last", ctypes.c_char * _NAME_BYTES),
+        ("on", ctypes.c_char * _ON_BYTES),
         ("counts", _Count * _MAX_NAMES),
     )
 
@@ -83,12 +89,36 @@ class Footprint:
     last: str
     #: Operations started so far, by name.
     counts: dict[str, int]
+    #: What the last operation works on, in words; empty where nothing is known.
+    on: str = ""
 
     @classmethod
     def read(cls, trail: Trail) -> "Footprint":
         """Copy ``trail``; exact when its rank stands still, as a hanging rank does."""
         counts = {entry.name.decode(): int(entry.count) for entry in trail.counts if entry.name}
-        return cls(int(trail.sequence), Phase(trail.phase), trail.last.decode(), counts)
+        last, on = trail.last.decode(), trail.on.decode()
+        return cls(int(trail.sequence), Phase(trail.phase), last, counts, on)
+
+
+@dataclass(frozen=True)
+class Issued:
+    """One collective as a rank issued it.
+
+    ``on`` says what it works on, the same on every rank; ``sent`` and ``received`` are an
+    all-to-all's split sizes, which are a rank's own.
+    """
+
+    name: str
+    on: str
+    sent: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.on})"
+
+
+#: The current task's collectives, in order.
+journal: list[Issued] = []
 
 
 class Recorder:
@@ -101,7 +131,7 @@ class Recorder:
 
     def install(self) -> None:
         """Follow all launches and collectives of this process from now on."""
-        launch.observers.append(lambda name: self._record(name, Phase.STARTED))
+        launch.observers.append(self._launched)
         wrapped = {name: self._followed(name) for name in COLLECTIVES if hasattr(dist, name)}
         originals = {name: getattr(dist, name) for name in wrapped}
         # A module that was imported before may hold a collective under its own name.
@@ -113,8 +143,14 @@ class Recorder:
     def begin_task(self) -> None:
         """Forget the task before, whose trail the driver has erased."""
         self._entries.clear()
+        journal.clear()
 
-    def _record(self, name: str, phase: Phase) -> None:
+    def _launched(self, name: str, on: str) -> None:
+        self._record(name, Phase.STARTED, on)
+        if on:  # a kernel of this rank alone has no sizes to agree on
+            journal.append(Issued(name, on))
+
+    def _record(self, name: str, phase: Phase, on: str) -> None:
         trail = self._trail
         if name not in self._entries and len(self._entries) >= _MAX_NAMES - 1:
             name = _OTHER_NAMES
@@ -125,6 +161,7 @@ class Recorder:
             entry.name = name.encode("ascii", "replace")[: _NAME_BYTES - 1]
         entry.count += 1
         trail.last = entry.name
+        trail.on = on.encode("ascii", "replace")[: _ON_BYTES - 1]
         trail.phase = phase
         trail.sequence += 1
 
@@ -136,7 +173,9 @@ class Recorder:
             # Object collectives are made of tensor collectives: one entry for both.
             if self._inside:
                 return collective(*args, **kwargs)
-            self._record(name, Phase.INSIDE)
+            issued = _issued(name, args, kwargs)
+            journal.append(issued)
+            self._record(name, Phase.INSIDE, issued.on)
             self._inside = True
             try:
                 return collective(*args, **kwargs)
@@ -145,3 +184,15 @@ class Recorder:
                 self._trail.phase = Phase.PAST
 
         return follow
+
+
+def _issued(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Issued:
+    """Describe a call of ``torch.distributed``; an all-to-all by one row, since counts differ."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if name != "all_to_all_single":
+        return Issued(name, launch.sizes(*tensors))
+    splits = [value for value in (*args, *kwargs.values()) if isinstance(value, list)]
+    received, sent = (tuple(split) for split in splits) if len(splits) == 2 else ((), ())
+    return Issued(
+        name, "rows of " + launch.sizes(*(tensor[:0] for tensor in tensors)), sent, received
+    )

@@ -16,8 +16,9 @@ from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.rounding import round_to
+from twinmoe.oracle.session import Answer
 from twinmoe.oracle.subject import SUBJECTS
-from twinmoe.oracle.trial import Answer, observe_case
+from twinmoe.oracle.trial import observe_case
 from twinmoe.oracle.truth import Truth
 from twinmoe.oracle.world import World
 from twinmoe.reference.config import MoEConfig
@@ -83,7 +84,8 @@ def token_signs(
     sum_TH = truth.stages(contract, ids_TK, weights_TK).sum_TH.value
     rounded_TH = round_to(sum_TH, contract.output)
     seen_TH = torch.cat([observation.output_TH for observation in observations]).double()
-    flips = flips_of(seen_TH, rounded_TH, torch.zeros_like(seen_TH))
+    no_chance_TH = torch.zeros_like(seen_TH)
+    flips = flips_of(seen_TH, rounded_TH, no_chance_TH, no_chance_TH[:, 0])
     signs: list[float] = flips.sign_T[~flips.sign_T.isnan()].tolist()
     return signs
 
@@ -117,13 +119,14 @@ def calibrate_paths(
             for number, case in enumerate(cases):
                 # every path gets the same draws, so the reference answers them once
                 subjects = tuple(SUBJECTS) if number < draws else ("optimized",)
-                answers = world.run(observe_case, case, subjects)
+                showings = world.run(observe_case, case, subjects)
                 rows = [hidden_for(case, rank) for rank in range(ep_size)]
                 truth = RememberingTruth(case.config, weights_for(case), rows)
                 for subject in subjects:
                     name = subject if subject == "reference" else _path(case)
                     record = records.setdefault((name, ep_size), PathRecord(name, ep_size))
-                    record.add(case, [answer[subject] for answer in answers], truth, loosen)
+                    shown = [showing[subject].answers[-1] for showing in showings]
+                    record.add(case, [answer for answer in shown if answer], truth, loosen)
                 advance()
     return sorted(records.values(), key=lambda record: record.path != "reference")
 

@@ -8,6 +8,7 @@ and what ``twinmoe replay`` reads.
 from dataclasses import dataclass, fields
 from typing import Any
 
+from twinmoe.oracle.history import HistoryError, Step, parse
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 
 #: Short names of the configuration in a line; other settings keep their full names.
@@ -26,8 +27,8 @@ TRANSPORTS = ("p2p", "nvls", "gloo", "nccl", "alltoall")
 MODES = ("eager", "graphed", "replayed")
 WIRES = ("fp32", "model")
 VALUES = ("normal", "positive", "outlier", "recorded", "integers")
-ROUTINGS = ("free", "one_expert", "one_rank", "ties", "equal", "near_ties")
-BIASES = ("mixed", "negative", "large")
+ROUTINGS = ("free", "one_expert", "one_rank", "ties", "equal", "near_ties", "silent")
+BIASES = ("mixed", "negative", "large", "nan")
 LAYOUTS = ("plain", "strided")
 PADDINGS = ("stale", "nan")
 
@@ -59,7 +60,9 @@ class Case:
     ``mode``: "eager" runs that path once, "graphed" captures and replays it on the same
     input, "replayed" replays after another batch.  ``wire`` is the payload of the
     reduce-scatter.  ``values``, ``routing``, ``bias``, ``layout`` and ``padding`` say what
-    the tensors look like; ``fault`` names a planted fault, if any.
+    the tensors look like.  ``history`` is a program of steps around the judged forwards
+    (:mod:`twinmoe.oracle.history`), ``relation`` names a change of layer or batch whose
+    effect is known (:mod:`twinmoe.oracle.relations`); ``fault`` names a planted fault.
     """
 
     config: MoEConfig
@@ -74,6 +77,8 @@ class Case:
     layout: str = "plain"
     padding: str = "stale"
     seed: int = 0
+    history: str = ""
+    relation: str = ""
     fault: str = ""
 
     def __post_init__(self) -> None:
@@ -96,7 +101,20 @@ class Case:
                 f"mode ({self.mode!r}) needs a graph, which alltoall dispatch cannot have: its "
                 "split sizes are read on the host; use mode=eager"
             )
+        if self.history and self.relation:
+            raise CaseError(
+                f"history ({self.history!r}) and relation ({self.relation!r}) are both given: a "
+                "case tells one story; drop one of them"
+            )
+        try:
+            self.steps()
+        except HistoryError as error:
+            raise CaseError(str(error)) from None
         self.config.check_ep_size(self.ep_size)
+
+    def steps(self) -> tuple[Step, ...]:
+        """The history as a program; what ``mode`` says where none is given."""
+        return parse(self.history or ("f1.f0" if self.mode == "replayed" else "f0"))
 
     @property
     def ep_size(self) -> int:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import report
+from twinmoe.oracle.bench_cli import bench
 from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
@@ -244,6 +245,7 @@ def contracts(dtype: str) -> None:
     _console.print(report.contract_table(DTYPES[dtype]))
 
 
+main.add_command(bench)
 main.add_command(calibrate)
 
 

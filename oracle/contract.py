@@ -30,31 +30,53 @@ class Wire(Enum):
     PER_HOP = "per hop"
 
 
-@dataclass(frozen=True)
+class Ties(Enum):
+    """Which expert is taken where two scores are exactly equal."""
+
+    LOWEST_ID = "lowest id"
+    ANY = "any"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundingContract:
     """Storage format at each point of one path; None keeps the accumulator's format.
 
-    Inputs and weights as stored are exact by definition.  ``weighted_input`` is the
-    format of ``weight * hidden`` where the router weight is applied to the input;
-    ``partial`` the payload of the cross-rank sum, ``reduced`` the format of its result.
-    Router arithmetic is in ``router``; GEMMs accumulate in ``accumulator``, in any order.
+    Inputs and weights as stored are exact by definition.  Router arithmetic is in
+    ``router``, ``logits`` and ``router_weights`` are what is stored of it.  ``weighted_input``
+    is the format of ``weight * hidden`` where the router weight is applied to the input,
+    ``terms`` that of ``weight * expert_output`` otherwise, ``gate`` that of the activated gate
+    before it meets up.  GEMMs accumulate in ``accumulator``, in any order.  ``combine`` is the
+    format of the running sum of a token's terms, in the order of expert ids, as loops over
+    experts make it; None sums them in the accumulator, in any order.  ``partial`` is the
+    payload of the cross-rank sum, ``reduced`` the format of its result.
     """
 
     name: str
     accumulator: Format
     router: Format
+    logits: Format | None = None
+    ties: Ties = Ties.LOWEST_ID
+    router_weights: Format | None = None
     weighted_input: Format
+    quantise_input: Quantiser | None = None
     gate_up: Format | None
+    gate: Format | None = None
     activation: Format | None
+    quantise_activation: Quantiser | None = None
     expert_output: Format | None
+    terms: Format | None = None
+    combine: Format | None = None
     partial: Format | None
     wire: Wire
     reduced: Format | None
     shared_gate_up: Format | None
     shared_output: Format | None
     output: Format
-    quantise_input: Quantiser | None = None
-    quantise_activation: Quantiser | None = None
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether equal calls give equal bits: a sum over ranks must have a declared order."""
+        return self.wire in (Wire.NONE, Wire.RANK_ORDER)
 
     def rows(self) -> list[tuple[str, str]]:
         """(point, format) pairs in the order of the data flow, for a table."""
@@ -69,7 +91,7 @@ def _show(point: object) -> str:
         return "kept"
     if isinstance(point, Quantiser):
         return f"{point.codes.name} in blocks of {point.block}"
-    return point.value if isinstance(point, Wire) else str(getattr(point, "name", point))
+    return str(point.value) if isinstance(point, Enum) else str(getattr(point, "name", point))
 
 
 def accumulator_of(dtype: torch.dtype) -> Format:

@@ -72,11 +72,14 @@ def _with_experts(contract: RoundingContract, backend: str) -> RoundingContract:
     """``contract`` with the roundings of an expert backend.
 
     grouped_mm stores each GEMM's result in the model's dtype, as separate kernels must.
-    triton keeps gate and up in registers and writes expert outputs in fp32.  Both run
-    the shared expert as the reference does.
+    triton keeps gate and up in registers and writes expert outputs in fp32.  flashinfer
+    stores each GEMM's result, and writes the sum over k in the model's dtype too, whatever
+    the wire then carries.  All run the shared expert as the reference does.
     """
     if backend == "grouped_mm":
         return contract
     if backend == "triton":
         return replace(contract, gate_up=None, expert_output=None)
+    if backend == "flashinfer":
+        return contract if contract.partial is None else replace(contract, partial=contract.output)
     raise ValueError(f"backend ({backend!r}) has no contract: add one to {__name__}")

@@ -6,7 +6,7 @@ Algorithms*, 2nd ed., chapter 3 (HARD); N. J. Higham and T. Mary, SIAM J. Sci.
 Comput. 41 (2019), and I. C. F. Ipsen and H. Zhou, arXiv 1906.10465 (MED, SHARP).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Self, TypeVar
@@ -81,11 +81,33 @@ class Enclosure:
         """The largest absolute value inside."""
         return self.value.abs() + self.radius
 
+    def error(self) -> Tensor:
+        """One number for each element's error."""
+        return self.radius
+
     def only(self, mask: Tensor) -> Self:
         """Exact zeros where ``mask`` is false."""
         return type(self)(torch.where(mask, self.value, 0.0), torch.where(mask, self.radius, 0.0))
 
+    def mapped(self, increasing: Callable[[Tensor], Tensor]) -> Self:
+        """An increasing function: both ends go through it."""
+        value = increasing(self.value)
+        above = increasing(self.value + self.radius) - value
+        return type(self)(value, torch.maximum(above, value - increasing(self.value - self.radius)))
+
+    def largest(self) -> Self:
+        """The largest magnitude along the last dimension, which is kept."""
+        size = self.value.abs()
+        ends = (size, size + self.radius, (size - self.radius).clamp(min=0))
+        value, high, low = (end.amax(dim=-1, keepdim=True) for end in ends)
+        return type(self)(value, torch.maximum(high - value, value - low))
+
     # How several sources of error make one: what a Spread does otherwise.
+
+    @staticmethod
+    def partial_sums(value: Tensor, propagated: Tensor, two_norm: Tensor) -> Tensor:
+        """How large partial sums grow on data of random signs, or of one: |v| + e + 2 2-norms."""
+        return value.abs() + propagated + 2 * two_norm
 
     @staticmethod
     def join(*radii: Tensor) -> Tensor:
@@ -128,12 +150,13 @@ _CHUNK = 1 << 20
 def matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     """Product of x [..., n] and weight^T, weight [m, n] as stored: e = e_x |W|^T + error.
 
-    HARD  n u / (1 - n u) (|x| + e_x) |W|^T
-    MED   lam sqrt(n) u (|x| + e_x) |W|^T
-    SHARP lam sqrt(n) u (|v| + 2 sqrt(x^2 (W^2)^T)), the |v| for one-signed sums
-    tensor cores  ceil(n / block) block_unit (|v| + 2 sqrt(x^2 (W^2)^T)) in addition
+    HARD  n u / (1 - n u) s, where s = (|x| + e_x) |W|^T bounds every partial sum
+    MED   lam sqrt(n) u s
+    SHARP the same with s = |v| + 2 sqrt(x^2 (W^2)^T), the |v| for one-signed sums
+    tensor cores  ceil(n / block) block_unit (s + |v|) in addition: every block's sum is
+    cut, and so are its products, which matters where their signs agree
 
-    A Spread (``spread.py``) takes SHARP with its own lam, one standard deviation.
+    A Spread (``spread.py``) has its own lam and, for SHARP, its own s.
     """
     rows = max(1, _CHUNK // max(1, weight.shape[-1]))
     parts = [_matmul(x, part.double(), accumulator, grade) for part in weight.split(rows)]
@@ -151,13 +174,16 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     value = x.value @ weight.T
     propagated = x.through(weight)
     one_norm = x.magnitude() @ weight.abs().T
-    size = value.abs() + propagated + 2 * (x.value.square() @ weight.square().T).sqrt()
+    size = one_norm
+    if grade is Grade.SHARP:
+        two_norm = (x.value.square() @ weight.square().T).sqrt()
+        size = torch.minimum(x.partial_sums(value, propagated, two_norm), one_norm)
     error = terms * unit / (1 - terms * unit) * one_norm
     if grade is not Grade.HARD:
-        likely = size if grade is Grade.SHARP else one_norm
-        error = torch.minimum(x.deviations * terms**0.5 * unit * likely, error)
+        error = torch.minimum(x.deviations * terms**0.5 * unit * size, error)
     if accumulator.block:
-        error = error + -(-terms // accumulator.block) * accumulator.block_unit * size
+        cut = accumulator.block_unit * (size + value.abs())
+        error = error + -(-terms // accumulator.block) * cut
     error = error + (one_norm > 0).double() * (terms * accumulator.underflow)
     exact = _sums_are_exact(x, weight, one_norm, accumulator)
     error = torch.where(exact, 0.0, error)
@@ -174,7 +200,7 @@ def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator:
     than the grid, which has to lie in the normal range.
     """
     grid_x = lowest_bit(x.value).amin(dim=-1, keepdim=True)
-    certain = x.radius.sum(dim=-1, keepdim=True) == 0
+    certain = x.error().sum(dim=-1, keepdim=True) == 0
 
     def fits(columns: Tensor) -> Tensor:
         grid = (grid_x + lowest_bit(columns).amin(dim=-1)).clamp(-1000, 1000).double()
@@ -192,11 +218,13 @@ def product(a: E, b: E, accumulator: Format) -> E:
     value = a.value * b.value
     spread = a.join(a.value.abs() * b.radius, b.value.abs() * a.radius, a.radius * b.radius)
     # one factor exactly 1 or 0 multiplies without rounding
-    trivial = ((a.radius == 0) & ((a.value == 1) | (a.value == 0))) | (
-        (b.radius == 0) & ((b.value == 1) | (b.value == 0))
-    )
-    error = accumulator.unit * (value.abs() + spread) + accumulator.underflow
+    trivial = _is_one_or_zero(a) | _is_one_or_zero(b)
+    error = accumulator.unit * type(a)(value, spread).magnitude() + accumulator.underflow
     return type(a)(value, a.join(spread, torch.where(trivial, 0.0, error)))
+
+
+def _is_one_or_zero(x: Enclosure) -> Tensor:
+    return (x.error() == 0) & ((x.value == 1) | (x.value == 0))
 
 
 def total(terms: E, dim: int, accumulator: Format) -> E:

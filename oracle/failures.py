@@ -148,7 +148,8 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def _doing(footprint: Footprint, finished: bool) -> str:
-    number = f"{footprint.last} (operation {footprint.sequence})"
+    on = f" of {footprint.on}" if footprint.on else ""
+    number = f"{footprint.last}{on} (operation {footprint.sequence})"
     if finished and not footprint.last:
         return "finished without any operation"
     if finished:

@@ -23,6 +23,10 @@ _ADVANTAGE = 12.0
 #: Value of the hidden channel that carries that advantage.
 _CARRIER = 4.0
 
+#: How far below 0 all logits lie where scores shall vanish: the sigmoid of -60 is far below the
+#: normalisation's epsilon, that of -120, for every other token, below every fp32 number.
+_SILENCE = 60.0
+
 #: What the other channels then still say: outliers on the loudest rank must not outvote it.
 _BACKGROUND = 1 / 64
 
@@ -40,15 +44,15 @@ def weights_for(case: Case, experts: range | None = None) -> MoEWeights:
 def tokens_at(case: Case, step: int) -> tuple[int, ...]:
     """Tokens per rank ``step`` batches before the judged one (step 0).
 
-    Earlier batches give every rank another rank's count, within the same bucket; a
-    single rank gets half.
+    Other batches give every rank another rank's count, within the same bucket; a single
+    rank gets half.  Every other one of them is half as large, in a smaller bucket.
     """
     if step == 0:
         return case.tokens
-    if case.ep_size == 1:
-        return ((case.tokens[0] + 1) // 2,)
     shift = step % case.ep_size
-    return case.tokens[shift:] + case.tokens[:shift]
+    counts = case.tokens[shift:] + case.tokens[:shift]
+    halved = case.ep_size == 1 or step % 2 == 0
+    return tuple((count + 1) // 2 for count in counts) if halved else counts
 
 
 def hidden_for(case: Case, rank: int, step: int = 0) -> Tensor:
@@ -60,6 +64,8 @@ def hidden_for(case: Case, rank: int, step: int = 0) -> Tensor:
         x_TH = x_TH.round().clamp(-2, 2)
     if case.routing in ("one_expert", "one_rank"):
         x_TH[:, 0] = _CARRIER
+    if case.routing == "silent":
+        x_TH[0::2, 0], x_TH[1::2, 0] = _CARRIER, 2 * _CARRIER
     x_TH = x_TH.to(case.config.dtype)
     return _strided(x_TH) if case.layout == "strided" else x_TH
 
@@ -109,6 +115,9 @@ def _router(case: Case, router_EH: Tensor) -> Tensor:
         return paired
     favoured = router_EH * _BACKGROUND
     favoured[:, 0] = 0
+    if case.routing == "silent":
+        favoured[:, 0] = -_SILENCE / _CARRIER
+        return favoured
     favoured[_targets(case, generator), 0] = _ADVANTAGE / _CARRIER
     return favoured
 
@@ -130,4 +139,6 @@ def _targets(case: Case, generator: torch.Generator) -> Tensor:
 def _bias(case: Case, bias_E: Tensor | None) -> Tensor | None:
     if bias_E is None or case.bias == "mixed":
         return bias_E
+    if case.bias == "nan":
+        return bias_E.index_fill(0, torch.tensor([case.seed % len(bias_E)]), torch.nan)
     return bias_E - 2.0 if case.bias == "negative" else bias_E * 100.0

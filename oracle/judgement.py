@@ -23,12 +23,19 @@ from torch import Tensor
 from twinmoe.oracle import aggregates
 from twinmoe.oracle.comparison import Comparison, compare
 from twinmoe.oracle.contract import RoundingContract, Wire
-from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, product, total
+from twinmoe.oracle.envelope import Enclosure, Grade, rounded
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.power import certify
 from twinmoe.oracle.spread import Spread
-from twinmoe.oracle.truth import Stages, Truth, across_ranks, rank_order_sum, with_shared
+from twinmoe.oracle.truth import (
+    Stages,
+    Truth,
+    across_ranks,
+    over_slots,
+    rank_order_sum,
+    with_shared,
+)
 from twinmoe.oracle.verdict import Finding, Verdict
 
 #: Above this share of near-tied tokens, a case without an ids tap proves nothing.
@@ -91,7 +98,7 @@ class _Judgement:
         anchored = self._anchored(free, ids_TK)
         self._dispatch()
         self._experts(anchored)
-        self._combine(anchored)
+        self._combine(anchored, ids_TK)
         self._output(anchored, free, ids_TK)
         return self.verdict
 
@@ -190,7 +197,7 @@ class _Judgement:
                 allowed = anchored.partials_RTH[rank]
                 self._element_finding("experts", f"rank {rank}'s share", "dim", partial, allowed)
 
-    def _combine(self, anchored: Stages[Enclosure]) -> None:
+    def _combine(self, anchored: Stages[Enclosure], ids_TK: Tensor) -> None:
         """Only the sum is on trial: its terms are the observed ones."""
         routed, partials = self.evidence.routed_TH, self.evidence.partials_RTH
         outputs = self.evidence.expert_output_TKH
@@ -201,11 +208,10 @@ class _Judgement:
         elif partials is not None:
             allowed = across_ranks(self.contract, Enclosure.exact(partials))
         elif outputs is not None:
-            accumulator = self.contract.accumulator
-            terms = Enclosure.exact(outputs)
-            if not self.truth.config.router_weight_on_input:
-                terms = product(anchored.weights_TK[..., None], terms, accumulator)
-            allowed = total(terms, 1, accumulator)
+            observed = Enclosure.exact(outputs)
+            terms = self.truth.terms(self.contract, anchored.weights_TK, observed)
+            allowed = over_slots(self.contract, ids_TK, terms)
+            allowed = rounded(allowed, self.contract.reduced)
         else:
             return
         self._element_finding("combine", "sum", "dim", routed, allowed)
@@ -241,12 +247,13 @@ class _Judgement:
         """Flip rate and sign, for the batch, each rank and each expert's tokens."""
         if self.contract.output.precision > aggregates.NARROW_PRECISION:
             return
-        weights = self.routing.weights(ids_TK)
-        # the radius of the weights is LAMBDA standard deviations of their logits' error
-        spread = Spread.of(weights.value, weights.radius / LAMBDA)
-        sums = self.truth.stages(self.contract, ids_TK, spread).sum_TH
-        chance = (sums.flip_chance(result.centre, self.contract.output) * self.loosen).clamp(max=1)
-        flips = aggregates.flips_of(self.evidence.output_TH.double(), result.centre, chance)
+        weights = self.truth.routing(self.contract, self.grade, Spread).weights(ids_TK)
+        spread = Spread.of(weights.value, weights.radius)
+        sums = self.truth.stages(self.contract, ids_TK, spread, self.grade).sum_TH
+        chance, variance = sums.flips(result.centre, self.contract.output)
+        chance = (chance * self.loosen).clamp(max=1)
+        seen_TH = self.evidence.output_TH.double()
+        flips = aggregates.flips_of(seen_TH, result.centre, chance, variance * self.loosen**2)
         self.verdict.expected_flips = float(chance.sum())
         if self.verdict.findings:
             return

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from twinmoe.oracle.envelope import E
-from twinmoe.oracle.rounding import Format, round_to
+from twinmoe.oracle.envelope import E, product, rounded
+from twinmoe.oracle.rounding import Format
+
+#: Smaller than any scale of a block that is not all zeros, in any format.
+_TINY = 2.0**-200
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,6 @@ class Quantiser:
     """Blocks of ``block`` consecutive values, codes in ``codes``, scales in ``scales``.
 
     ``power_of_two`` scales are rounded up to a power of two (OCP Microscaling's E8M0).
-    A block of zeros has scale 1.
     """
 
     block: int
@@ -26,46 +29,40 @@ class Quantiser:
     scales: Format
     power_of_two: bool = False
 
-    def scale(self, amax: Tensor) -> Tensor:
+    def scale(self, amax: E, arithmetic: Format) -> E:
         """The scale for a block whose largest magnitude is ``amax``."""
-        scale = round_to(amax / self.codes.max_value, self.scales)
-        if self.power_of_two:
-            mantissa, exponent = torch.frexp(scale)
-            exponent = exponent - (mantissa == 0.5).int()
-            scale = torch.ldexp(torch.ones_like(scale), exponent.double())
-        return torch.where(amax == 0, 1.0, scale)
+        share = type(amax).exact(torch.full_like(amax.value, 1 / self.codes.max_value))
+        scale = rounded(product(amax, share, arithmetic), self.scales)
+        return scale.mapped(_up_to_power_of_two) if self.power_of_two else scale
 
 
-def quantised(x: E, quantiser: Quantiser | None) -> E:
+def quantised(x: E, quantiser: Quantiser | None, arithmetic: Format) -> E:
     """Enclose the dequantised tensor; x is [..., n], the last block may be short.
 
-    The scale lies between those of amax(|x| - e) and amax(|x| + e); the code between the
-    least and the greatest of the four corners; the product between their products.  Where the
-    block's values are certain, so is the result, and the radius is 0.
+    Values over scales, rounded to codes, times scales, in ``arithmetic``: whether a kernel
+    divides or multiplies by a reciprocal is its own business.
     """
     if quantiser is None:
         return x
     size = x.value.shape[-1]
-    padding = -size % quantiser.block
-    value, radius = (
-        torch.nn.functional.pad(t, (0, padding)).unflatten(-1, (-1, quantiser.block))
-        for t in (x.value, x.radius)
-    )
-    lowest = (value.abs() - radius).clamp(min=0).amax(dim=-1, keepdim=True)
-    highest = (value.abs() + radius).amax(dim=-1, keepdim=True)
-    scales = [quantiser.scale(bound) for bound in (lowest, highest)]
-    codes = torch.stack(
-        [
-            round_to(end / scale, quantiser.codes)
-            for end in (value - radius, value + radius)
-            for scale in scales
-        ]
-    )
-    # a code that one scale gives may meet the other: codes and scales vary on their own
-    extremes = (codes.amin(dim=0), codes.amax(dim=0))
-    corners = torch.stack([code * scale for code in extremes for scale in scales])
-    scale = quantiser.scale(value.abs().amax(dim=-1, keepdim=True))
-    centre = round_to(value / scale, quantiser.codes) * scale
-    reach = torch.maximum(corners.amax(dim=0) - centre, centre - corners.amin(dim=0))
-    centre, reach = (t.flatten(-2)[..., :size] for t in (centre, reach))
-    return type(x)(centre, reach)
+    blocks = type(x)(*(_blocks(part, quantiser.block) for part in (x.value, x.radius)))
+    scale = quantiser.scale(blocks.largest(), arithmetic)
+    codes = rounded(product(blocks, _reciprocal(scale), arithmetic), quantiser.codes)
+    whole = product(codes, scale, arithmetic)
+    return type(x)(*(part.flatten(-2)[..., :size] for part in (whole.value, whole.radius)))
+
+
+def _blocks(values: Tensor, block: int) -> Tensor:
+    return F.pad(values, (0, -values.shape[-1] % block)).unflatten(-1, (-1, block))
+
+
+def _reciprocal(scale: E) -> E:
+    """1 / scale; a block of zeros has scale 0, and codes 0 whatever they are divided by."""
+    value = scale.value.clamp(min=_TINY)
+    return type(scale)(1 / value, scale.radius / (value * (value - scale.radius).clamp(min=_TINY)))
+
+
+def _up_to_power_of_two(value: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(value)
+    exponent = exponent - (mantissa == 0.5).int()
+    return torch.where(value <= 0, 0.0, torch.ldexp(torch.ones_like(value), exponent.double()))

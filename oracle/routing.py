@@ -17,8 +17,8 @@ from itertools import combinations, islice
 import torch
 from torch import Tensor
 
-from twinmoe.oracle.contract import RoundingContract
-from twinmoe.oracle.envelope import LAMBDA, Enclosure, Grade, matmul, product, total
+from twinmoe.oracle.contract import RoundingContract, Ties
+from twinmoe.oracle.envelope import Enclosure, Grade, matmul, product, rounded, total
 from twinmoe.oracle.rounding import Format, round_to
 from twinmoe.reference.config import MoEConfig
 
@@ -26,7 +26,7 @@ from twinmoe.reference.config import MoEConfig
 TRIES = 512
 
 
-def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format) -> Enclosure:
+def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format, deviations: float) -> Enclosure:
     """Enclose score(logits); each rule is the exact change over [z - e, z + e].
 
     softmax  p (exp(2 max e_z) - 1), plus the roundings of exp, of its argument
@@ -39,7 +39,7 @@ def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format) -> Enclosure:
     if config.scoring_func == "softmax":
         p = torch.softmax(z, dim=-1)
         argument = (z.amax(dim=-1, keepdim=True) - z).abs()
-        roundings = u * (4 + argument + LAMBDA * config.num_experts**0.5)
+        roundings = u * (4 + argument + deviations * config.num_experts**0.5)
         radius = p * (torch.expm1(2 * e.amax(dim=-1, keepdim=True)) + roundings)
         return Enclosure(p, radius + underflow)
     if config.scoring_func == "sigmoid":
@@ -66,6 +66,7 @@ class RoutingTruth:
     bias_E: Tensor
     ids_TK: Tensor
     fmt: Format
+    ties: Ties = Ties.LOWEST_ID
 
     @classmethod
     def of(
@@ -77,10 +78,14 @@ class RoutingTruth:
         contract: RoundingContract,
         grade: Grade,
     ) -> "RoutingTruth":
-        """Score every expert for every token; all inputs are the tensors as stored."""
+        """Score every expert for every token; all inputs are the tensors as stored.
+
+        Around a Spread, radii are root mean squares instead of what is allowed.
+        """
         fmt = contract.router
-        logits = matmul(hidden_TH, router_EH, fmt, grade)
-        score = _score(config, logits, fmt)
+        carried = rounded(matmul(hidden_TH, router_EH, fmt, grade), contract.logits)
+        logits = Enclosure(carried.value, carried.error())
+        score = _score(config, logits, fmt, hidden_TH.deviations)
         bias = torch.zeros(config.num_experts, dtype=torch.float64)
         if correction_bias_E is not None:
             bias = correction_bias_E.double()
@@ -91,7 +96,7 @@ class RoutingTruth:
         ranked = ranked.masked_fill(~allowed, -torch.inf)
         order = ranked.sort(dim=-1, descending=True, stable=True).indices
         ids = order[:, : config.num_experts_per_tok]
-        return cls(config, logits, score, selection, bias, ids, fmt)
+        return cls(config, logits, score, selection, bias, ids, fmt, contract.ties)
 
     def weights(self, ids_TK: Tensor) -> Enclosure:
         """Router weights for chosen ids [T, K]: gather, renormalise, scale.
@@ -197,7 +202,8 @@ class RoutingTruth:
 
     def _tied_experts(self) -> Tensor:
         """Bool [T, E, E]: pairs whose scores are equal in any arithmetic: same exact inputs."""
-        z, exact = self.logits_TE.value, self.logits_TE.radius == 0
+        exact = (self.logits_TE.radius == 0) & (self.ties is Ties.LOWEST_ID)
+        z = self.logits_TE.value
         same = (z[:, :, None] == z[:, None, :]) & exact[:, :, None] & exact[:, None, :]
         return same & (self.bias_E[:, None] == self.bias_E[None, :])
 
@@ -211,7 +217,7 @@ class RoutingTruth:
         bias = _by_group(self.config, self.bias_E.expand_as(self.logits_TE.value))
         bias = bias.gather(-1, order)
         same = (z[:, :, None] == z[:, None, :]) & (bias[:, :, None] == bias[:, None, :])
-        exact = (radius == 0).all(dim=-1)
+        exact = (radius == 0).all(dim=-1) & (self.ties is Ties.LOWEST_ID)
         return same.all(dim=-1) & exact[:, :, None] & exact[:, None, :]
 
     def _certainly_better(self, chosen_TE: Tensor, rivals_TE: Tensor) -> Tensor:
@@ -243,7 +249,7 @@ class RoutingTruth:
         scores = self._group_scores()
         low, high = scores.value - scores.radius, scores.value + scores.radius
         tied = self._tied_groups()
-        lower_id = torch.ones_like(tied[0]).tril(-1)
+        lower_id = torch.ones(tied.shape[1:], dtype=tied.dtype).tril(-1)
         may_beat = torch.where(tied, lower_id, high[:, None, :] >= low[:, :, None])
         must_beat = torch.where(tied, lower_id, low[:, None, :] > high[:, :, None])
         itself = torch.eye(self.config.n_group, dtype=torch.bool)

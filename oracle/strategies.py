@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.history import HISTORIES
+from twinmoe.oracle.stories import told
 from twinmoe.reference.config import MoEConfig, dtype_name
 
 #: Hidden and intermediate sizes: tile multiples, their neighbours, and odd ones.
@@ -104,7 +106,7 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
     else:
         config = replace(model, dtype=cell.dtype)
     in_graph = cell.transport != "alltoall"
-    return Case(
+    plain = Case(
         config=config,
         tokens=draw(token_counts(cell.ep_size)),
         transport=cell.transport,
@@ -120,6 +122,7 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         padding=draw(st.sampled_from(("nan", "stale"))),
         seed=draw(st.integers(0, 2**20)),
     )
+    return draw(told(plain))
 
 
 def usable_backends(config: MoEConfig, device: str = "cpu") -> tuple[str, ...]:
@@ -133,7 +136,7 @@ def usable_backends(config: MoEConfig, device: str = "cpu") -> tuple[str, ...]:
 
 def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) -> Case:
     """A dense, non-neutral case of ``cell``, with ``changes`` to the case or its config."""
-    own = {"values", "routing", "bias", "layout", "padding", "wire", "backend", "seed"}
+    own = {"values", "routing", "bias", "layout", "padding", "wire", "backend", "seed", "history"}
     config = MoEConfig(
         **{
             "hidden_size": 96,
@@ -193,6 +196,14 @@ CORNERS: dict[str, Corner] = {
     "recorded outliers, poisoned padding": lambda c: _case(
         c, hidden_size=384, values="recorded", padding="nan", layout="strided", wire=_wire(c)
     ),
+}
+
+
+CORNERS |= {
+    f"history: {name}": lambda c, program=program: _case(  # type: ignore[misc]
+        c, shared_expert_intermediate_size=24, history=program
+    )
+    for name, program in HISTORIES.items()
 }
 
 

@@ -6,20 +6,21 @@ Legend: T tokens of this rank, N padded rows, H hidden_size, R ranks.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from twinmoe.optimized import launch
 from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.communication.pool_setup import pools_of
 from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
-from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import eager_contract, graphed_contract, reference_contract
 from twinmoe.oracle.observation import RankObservation, Taps
+from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference import layer as reference_layer
 from twinmoe.reference.weights import MoEWeights
@@ -31,44 +32,95 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KERNELS = {
     "grouped_mm": ("sort_slots", "expert_activation", "combine_slots"),
     "triton": ("sort_slots", "expert_gate_up", "expert_down", "combine_slots"),
+    "flashinfer": ("cutlass_fused_moe",),
 }
 
 _TIERS = {"nvls": Tier.NVLS, "p2p": Tier.P2P, "gloo": Tier.COLLECTIVE, "nccl": Tier.COLLECTIVE}
+
+#: How contracts call the tiers that transports report.
+_TIER_OF_LABEL = {"nvls (emulated)": "nvls", "local": "gloo"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one forward is to run.
+
+    ``path``: "alltoall", "graphed" (the same kernels without a graph) or "captured".
+    ``max_tokens`` is the largest batch of all ranks; ``filler`` what padding rows hold,
+    None for old data.  ``is_last``: no rank goes on before this forward's padded buffers
+    have been looked at; before that, a faster rank may be writing the next batch there.
+    """
+
+    path: str
+    max_tokens: int
+    filler: float | None = None
+    is_last: bool = True
 
 
 class Subject(Protocol):
     """A layer on one rank, ready to answer.
 
-    ``contract`` is what it promises; ``observe`` runs one forward [T, H] -> [T, H] and
-    shows what happened.  ``required`` names the kernels and collectives that a true account
-    of that forward must have counted; no other gather or scatter may have run.
+    Built on all ranks from a scenario, this rank's shard of its weights and the rank's
+    context.  ``observe`` runs one forward [T, H] -> [T, H] and shows what happened.
     """
 
-    contract: RoundingContract
-
-    @property
-    def required(self) -> frozenset[str]:
-        """Names as counted by :mod:`twinmoe.optimized.launch`."""
+    def contract(self, call: Call) -> RoundingContract:
+        """What the layer promises for such a call."""
         ...
 
-    def observe(self, hidden_TH: Tensor) -> RankObservation:
+    def required(self, call: Call) -> frozenset[str]:
+        """Name the kernels and collectives that such a call, truly told, must have counted.
+
+        As in :mod:`twinmoe.optimized.launch`; no other gather or scatter may have run.
+        """
+        ...
+
+    def observe(self, hidden_TH: Tensor, call: Call) -> RankObservation:
         """Run one forward."""
         ...
 
 
-SubjectFactory = Callable[[Case, MoEWeights, RankContext], Subject]
+@runtime_checkable
+class Changeable(Protocol):
+    """A subject whose state can be changed between forwards, as histories do."""
+
+    def reload(self, weights: MoEWeights) -> None:
+        """Overwrite the weights in place."""
+        ...
+
+    def set_kill_switch(self, disabled: bool) -> None:
+        """Turn the symmetric-memory kernels off or on; collective."""
+        ...
+
+    def poison(self) -> None:
+        """Fill with NaN every static buffer whose content may not matter; between barriers."""
+        ...
+
+    def complaints(self) -> list[str]:
+        """Say what the layer's own guards have caught."""
+        ...
+
+
+SubjectFactory = Callable[[Scenario, MoEWeights, RankContext], Subject]
 
 
 class ReferenceSubject:
     """The readable twin."""
 
-    required = frozenset[str]()
+    def __init__(self, scenario: Scenario, weights: MoEWeights, context: RankContext) -> None:
+        self._config = scenario.config
+        group = context.group if len(scenario.hidden()) > 1 else None
+        self._layer = reference_layer.MoELayer(scenario.config, weights, group)
 
-    def __init__(self, case: Case, weights: MoEWeights, context: RankContext) -> None:
-        self.contract = reference_contract(case.config)
-        self._layer = reference_layer.MoELayer(case.config, weights, context.group)
+    def contract(self, _call: Call) -> RoundingContract:
+        """One contract, whatever the call asks for: there is one path."""
+        return reference_contract(self._config)
 
-    def observe(self, hidden_TH: Tensor) -> RankObservation:
+    def required(self, _call: Call) -> frozenset[str]:
+        """No launch of ours."""
+        return frozenset()
+
+    def observe(self, hidden_TH: Tensor, _call: Call) -> RankObservation:
         """Run one forward; routing is tapped from the router's own call."""
         taps: dict[str, Tensor] = {}
 
@@ -94,74 +146,114 @@ class _Run:
 
 
 class OptimizedSubject:
-    """The fast twin, on the path that the case names."""
+    """The fast twin, on the transport that the case names."""
 
-    def __init__(self, case: Case, weights: MoEWeights, context: RankContext) -> None:
-        self.case = case
-        wire = torch.float32 if case.wire == "fp32" else case.config.dtype
+    def __init__(self, scenario: Scenario, weights: MoEWeights, context: RankContext) -> None:
+        self.case, self.config, self.weights = scenario.case, scenario.config, weights
+        hidden_by_rank = scenario.hidden()
+        largest = bucket_for(max(map(len, hidden_by_rank)))
+        self._wire = torch.float32 if self.case.wire == "fp32" else self.config.dtype
         options = InferenceOptions(
-            transport=_TIERS.get(case.transport),
-            experts_backend=case.backend,
-            wire_dtype=wire,
-            max_tokens_per_rank=_bucket(max(case.tokens)),
+            transport=_TIERS.get(self.case.transport),
+            experts_backend=self.case.backend,
+            wire_dtype=self._wire,
+            max_tokens_per_rank=largest,
         )
-        self.layer = MoELayer(case.config, weights, context.group, options)
+        group = context.group if len(hidden_by_rank) > 1 else None
+        self.layer = MoELayer(self.config, weights, group, options)
         self.layer.taps = {}
-        self.runner = GraphRunner(self.layer, (_bucket(max(case.tokens)),))
+        self.runner = GraphRunner(self.layer, tuple(size for size in BUCKETS if size <= largest))
+        self._killed = False
+
+    def contract(self, call: Call) -> RoundingContract:
+        """The contract of the path, the backend and the transport as it stands."""
         backend = self.layer.experts.backend_name
-        if case.transport == "alltoall":
-            self.contract = eager_contract(case.config, backend)
-        else:
-            self.contract = graphed_contract(case.config, backend, case.transport, wire)
+        if call.path == "alltoall":
+            return eager_contract(self.config, backend)
+        tier = self.case.transport
+        if self._killed or tier == "alltoall":
+            tier = self.layer.transport.report().label
+        return graphed_contract(self.config, backend, _TIER_OF_LABEL.get(tier, tier), self._wire)
 
-    @property
-    def required(self) -> frozenset[str]:
-        """What the last forward must have launched; alltoall dispatch has no kernel of its own.
-
-        A shape too narrow for multicast goes peer to peer, and the transport says so.
-        """
-        if self.case.transport == "alltoall":
+    def required(self, call: Call) -> frozenset[str]:
+        """See `Subject`; a shape too narrow for multicast goes peer to peer, and says so."""
+        if call.path == "alltoall":
             return frozenset()
         report = self.layer.transport.report()
         names = set(_KERNELS[self.layer.experts.backend_name])
         for collective in ("all_gather", "reduce_scatter"):
-            narrow = any(call.startswith(collective) for call in report.shape_refusals)
+            narrow = any(shape.startswith(collective) for shape in report.shape_refusals)
             names.add(f"{collective}[{Tier.P2P.value if narrow else report.label}]")
         return frozenset(names)
 
-    def observe(self, hidden_TH: Tensor) -> RankObservation:
-        """Run one forward and show every intermediate tensor."""
+    def observe(self, hidden_TH: Tensor, call: Call) -> RankObservation:
+        """Run one forward and show every intermediate tensor that is still this batch's."""
         before = launch.COUNTS.copy()
-        run = self._run(hidden_TH)
+        run = self._run(hidden_TH, call)
         launches = Counter(launch.COUNTS)
         launches.subtract(before)
-        return RankObservation(
-            run.output_TH, self._taps(len(hidden_TH)), self._path(run), +launches
-        )
+        taps = self._taps(len(hidden_TH), call.is_last)
+        return RankObservation(run.output_TH, taps, self._path(run), +launches)
 
-    def _run(self, hidden_TH: Tensor) -> _Run:
-        if self.case.transport == "alltoall":
+    # --- what histories change ----------------------------------------------------------
+
+    def reload(self, weights: MoEWeights) -> None:
+        """See `Changeable`."""
+        self.layer.reload(weights)
+
+    def set_kill_switch(self, disabled: bool) -> None:
+        """See `Changeable`."""
+        self.layer.set_kill_switch(disabled)
+        self._killed = disabled
+
+    def poison(self) -> None:
+        """See `Changeable`."""
+        for static in self.runner.static_tensors():
+            spoil(static)
+        for pool in pools_of(self.layer.group):
+            pool.poison()
+
+    def complaints(self) -> list[str]:
+        """See `Changeable`."""
+        return [
+            f"bytes between the regions of pool {pool.name!r} were written: a store went astray"
+            for pool in pools_of(self.layer.group)
+            if pool.trespassed()
+        ]
+
+    # --- one forward --------------------------------------------------------------------
+
+    def _run(self, hidden_TH: Tensor, call: Call) -> _Run:
+        if call.path == "alltoall":
+            self.layer.taps = {}
             return _Run(self.layer(hidden_TH))
-        bucket = _bucket(max(self.case.tokens))
-        if self.case.mode == "eager":
+        bucket = bucket_for(call.max_tokens)
+        if call.path == "graphed":
+            self.layer.taps = {}
             with self.layer.graphed():
-                padded_NH, num_valid = self._padded(hidden_TH, bucket)
+                padded_NH, num_valid = self._padded(hidden_TH, bucket, call.filler)
                 return _Run(self.layer(padded_NH, num_valid)[: len(hidden_TH)], bucket)
+        self.layer.taps = {}  # of its own: a captured graph keeps the tensors that it saw
         captured = self.runner.capture(bucket)
-        if self.case.padding == "nan":
-            captured.hidden_NH.fill_(torch.nan)
+        if call.filler is not None:
+            captured.hidden_NH.fill_(call.filler)
         output_TH = self.runner(hidden_TH, max_tokens=bucket)
         self.layer.taps = captured.taps
         return _Run(output_TH, bucket, captured.replays)
 
-    def _padded(self, hidden_TH: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        filler = torch.nan if self.case.padding == "nan" else 1.0
-        padded_NH = hidden_TH.new_full((rows, hidden_TH.shape[1]), filler)
+    def _padded(self, hidden_TH: Tensor, rows: int, filler: float | None) -> tuple[Tensor, Tensor]:
+        padded_NH = hidden_TH.new_full(
+            (rows, hidden_TH.shape[1]), 1.0 if filler is None else filler
+        )
         padded_NH[: len(hidden_TH)] = hidden_TH
         return padded_NH, torch.tensor([len(hidden_TH)], dtype=torch.int32, device=padded_NH.device)
 
-    def _taps(self, tokens: int) -> Taps:
-        seen = {name: tensor.clone() for name, tensor in (self.layer.taps or {}).items()}
+    def _taps(self, tokens: int, is_last: bool) -> Taps:
+        seen = {
+            name: tensor.clone()
+            for name, tensor in (self.layer.taps or {}).items()
+            if is_last or name not in _OVERWRITTEN
+        }
         return Taps(
             ids_TK=seen["ids"][:tokens],
             weights_TK=seen["weights"][:tokens],
@@ -181,8 +273,18 @@ class OptimizedSubject:
         return f"{words}, replay {run.replays}" if run.replays else words
 
 
-def _bucket(tokens: int) -> int:
+#: Taps that lie in symmetric memory, where a faster rank may be at the next batch.
+_OVERWRITTEN = ("gathered_hidden", "gathered_ids", "gathered_weights", "partial")
+
+
+def bucket_for(tokens: int) -> int:
+    """The smallest of :data:`BUCKETS` that holds ``tokens`` rows."""
     return next(bucket for bucket in BUCKETS if tokens <= bucket)
+
+
+def spoil(tensor: Tensor) -> None:
+    """Fill with NaN, or with a number that no index is."""
+    tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
 
 SUBJECTS: dict[str, SubjectFactory] = {

@@ -4,58 +4,35 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from twinmoe.optimized.communication.pool_setup import release_pools
-from twinmoe.oracle import faults
+from twinmoe.oracle import breadcrumbs, faults
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.contract import RoundingContract
-from twinmoe.oracle.inputs import hidden_for, weights_for
-from twinmoe.oracle.judgement import judge
-from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.relations import require_relation
+from twinmoe.oracle.session import Session
+from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.subject import SUBJECTS
-from twinmoe.oracle.truth import Truth
-from twinmoe.oracle.verdict import Finding, Verdict
+from twinmoe.oracle.verdict import Verdict
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
-from twinmoe.reference.placement import Placement
-
-#: Batches before the judged one, by mode.
-_HISTORY = {"eager": (), "graphed": (), "replayed": (1,)}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one rank sends back about one subject."""
-
-    contract: RoundingContract
-    required: frozenset[str]
-    observation: RankObservation
-
-
-def observe_case(context: RankContext, case: Case, subjects: Sequence[str]) -> dict[str, Answer]:
-    """Build each subject on this rank, run its history, and observe the judged forward.
-
-    Only the last forward's taps are looked at: before that, a faster rank may already
-    be writing the next batch into this rank's gather buffer, as it is allowed to.
-    """
+def observe_case(context: RankContext, case: Case, subjects: Sequence[str]) -> dict[str, Showing]:
+    """Play the case with each subject on this rank; all forwards are shown."""
     # The last case's buffers: every rank has answered since, so no peer reads them.
-    release_pools(context.group)
-    placement = Placement(case.config.num_experts, context.world_size)
-    weights = weights_for(case, placement.experts_of(context.rank)).to(context.device)
-    answers = {}
+    for group in {context.group, None}:
+        release_pools(group)
+    showings = {}
     for name in subjects:
-        with faults.planted(case.fault if name == "optimized" else "", context):
-            subject = SUBJECTS[name](case, weights, context)
-            for step in _HISTORY[case.mode]:
-                subject.observe(hidden_for(case, context.rank, step).to(context.device))
-            hidden_TH = hidden_for(case, context.rank).to(context.device)
-            observation = subject.observe(hidden_TH)
-        answers[name] = Answer(subject.contract, subject.required, observation)
-    return answers
+        start = len(breadcrumbs.journal)
+        with faults.planted(case if name == "optimized" else replace(case, fault=""), context):
+            answers = Session(case, context, SUBJECTS[name]).play()
+        showings[name] = Showing(tuple(answers), tuple(breadcrumbs.journal[start:]))
+    return showings
 
 
 @dataclass
@@ -96,19 +73,19 @@ class Trial:
         self._worlds: dict[int, World] = {}
 
     def run(self, case: Case) -> Outcome:
-        """Observe and judge ``case``.  Raises WorkerFailure when a rank fails or hangs."""
+        """Observe and judge ``case``.
+
+        Raises WorkerFailure when a rank fails or hangs, and ConfigError for a relation that
+        does not apply.
+        """
+        require_relation(case)
         outcome = Outcome(case)
         start = time.perf_counter()
-        answers = self._world(case.ep_size).run(observe_case, case, self._subjects)
+        showings = self._world(case.ep_size).run(observe_case, case, self._subjects)
         observed = time.perf_counter()
-        truth = Truth(
-            case.config,
-            weights_for(case),
-            [hidden_for(case, rank) for rank in range(case.ep_size)],
-        )
         for name in self._subjects:
-            outcome.verdicts[name] = _judge([answer[name] for answer in answers], truth)
-            outcome.paths[name] = answers[0][name].observation.path
+            verdict = judge_showings(case, [showing[name] for showing in showings])
+            outcome.verdicts[name], outcome.paths[name] = verdict, verdict.path
         outcome.run_seconds = observed - start
         outcome.judge_seconds = time.perf_counter() - observed
         return outcome
@@ -134,32 +111,3 @@ class Trial:
         if ep_size not in self._worlds:
             self._worlds[ep_size] = World(ep_size, self._device, self._timeout_s)
         return self._worlds[ep_size]
-
-
-def _judge(answers: Sequence[Answer], truth: Truth) -> Verdict:
-    """Judge the numbers, and that all ranks took, and really ran, the claimed path."""
-    verdict = judge([answer.observation for answer in answers], truth, answers[0].contract)
-    for rank, answer in enumerate(answers):
-        for complaint in _untrue_claims(rank, answer, answers[0].contract):
-            verdict.findings.append(Finding("dispatch", rank, None, None, complaint))
-    return verdict
-
-
-def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[str]:
-    if answer.contract != agreed:
-        yield (
-            f"rank {rank} runs {answer.contract.name}, rank 0 {agreed.name}: all ranks must take "
-            "the same path"
-        )
-    launched = answer.observation.launches.keys()
-    if missing := sorted(answer.required - launched):
-        yield (
-            f"rank {rank} claims {answer.observation.path!r}, but never launched "
-            f"{', '.join(missing)}"
-        )
-    moved = {name for name in launched if name.startswith(("all_gather[", "reduce_scatter["))}
-    if foreign := sorted(moved - answer.required):
-        yield (
-            f"rank {rank} claims {answer.observation.path!r}, but also launched "
-            f"{', '.join(foreign)}"
-        )

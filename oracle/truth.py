@@ -97,12 +97,17 @@ class Truth:
         chosen.rank_T, chosen.row_T = self.rank_T[tokens], self.row_T[tokens]
         return chosen
 
-    def routing(self, contract: RoundingContract, grade: Grade = Grade.SHARP) -> RoutingTruth:
-        """Scores, exact selection and admissible answers."""
+    def routing(
+        self,
+        contract: RoundingContract,
+        grade: Grade = Grade.SHARP,
+        carry: type[Enclosure] = Enclosure,
+    ) -> RoutingTruth:
+        """Scores, exact selection and admissible answers, or for a Spread expected errors."""
         weights = self.weights
         return RoutingTruth.of(
             self.config,
-            Enclosure.exact(self.hidden_TH),
+            carry.exact(self.hidden_TH),
             weights.router_EH.cpu(),
             None if weights.correction_bias_E is None else weights.correction_bias_E.cpu(),
             contract,
@@ -122,12 +127,11 @@ class Truth:
         ``expert_output_TKH`` saves computing the experts again where it does not depend
         on the weights.
         """
+        weights_TK = rounded(weights_TK, contract.router_weights)
         y_TKH = expert_output_TKH
         if y_TKH is None or self.config.router_weight_on_input:
             y_TKH = self.expert_outputs(contract, ids_TK, weights_TK, grade)
-        terms_TKH = y_TKH
-        if not self.config.router_weight_on_input:
-            terms_TKH = product(weights_TK[..., None], y_TKH, contract.accumulator)
+        terms_TKH = self.terms(contract, weights_TK, y_TKH)
         partials_RTH = self._partials(contract, ids_TK, terms_TKH)
         routed_TH = across_ranks(contract, partials_RTH)
         shared_TH = self._shared(contract, type(weights_TK), grade)
@@ -165,15 +169,22 @@ class Truth:
             parts.append(((token, slot), y_SH.to(torch.device("cpu"))))
         return type(weights_TK).scattered((*ids_TK.shape, self.config.hidden_size), parts)
 
+    def terms(self, contract: RoundingContract, weights_TK: E, expert_output_TKH: E) -> E:
+        """Each slot's weighted output [T, K, H], as stored."""
+        if self.config.router_weight_on_input:
+            return expert_output_TKH
+        weighted = product(weights_TK[..., None], expert_output_TKH, contract.accumulator)
+        return rounded(weighted, contract.terms)
+
     def _partials(self, contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
         """One share per rank of the experts it owns; one share in all without a wire."""
         if contract.wire is Wire.NONE:
-            shares = [total(terms_TKH, 1, contract.accumulator)]
+            shares = [over_slots(contract, ids_TK, terms_TKH)]
         else:
             owner_TK1 = self.placement.owner(ids_TK)[..., None]
             shares = [
                 rounded(
-                    total(terms_TKH.only(owner_TK1 == rank), 1, contract.accumulator),
+                    over_slots(contract, ids_TK, terms_TKH.only(owner_TK1 == rank)),
                     contract.partial,
                 )
                 for rank in range(self.placement.ep_size)
@@ -195,8 +206,8 @@ class Truth:
         logit = matmul(x_TH, weights.shared_gate_1H.cpu(), accumulator, grade)
         gate = torch.sigmoid(logit.value)
         spread = gate * torch.sigmoid(-logit.value) * torch.expm1(logit.radius)
-        spread = spread + 4 * accumulator.unit * gate + accumulator.smallest_normal
-        return product(carry(gate, spread), y_TH, accumulator)
+        evaluation = 4 * accumulator.unit * gate + accumulator.smallest_normal
+        return product(carry(gate, carry.join(spread, evaluation)), y_TH, accumulator)
 
 
 def _mlp(
@@ -209,32 +220,63 @@ def _mlp(
 ) -> E:
     """One expert: w13 and w2 with their results ``stored`` so, the activation between."""
     (w13_FH, w2_HI), (gate_up_format, output_format) = matrices, stored
-    x = quantised(x, contract.quantise_input)
-    gate_up = rounded(matmul(x, w13_FH, contract.accumulator, grade), gate_up_format)
+    accumulator = contract.accumulator
+    x = quantised(x, contract.quantise_input, accumulator)
+    gate_up = rounded(matmul(x, w13_FH, accumulator, grade), gate_up_format)
     if config.gated:
         half = w13_FH.shape[0] // 2
         gate, up = gate_up[..., :half], gate_up[..., half:]
         if config.swiglu_limit is not None:
             gate = clamp(gate, -torch.inf, config.swiglu_limit)
             up = clamp(up, -config.swiglu_limit, config.swiglu_limit)
-        h = activate(config.hidden_act, gate, contract.accumulator)
-        h = product(h, up, contract.accumulator)
+        h = rounded(activate(config.hidden_act, gate, accumulator), contract.gate)
+        h = product(h, up, accumulator)
     else:
-        h = activate(config.hidden_act, gate_up, contract.accumulator)
-    h = quantised(rounded(h, contract.activation), contract.quantise_activation)
-    return rounded(matmul(h, w2_HI, contract.accumulator, grade), output_format)
+        h = activate(config.hidden_act, gate_up, accumulator)
+    h = quantised(rounded(h, contract.activation), contract.quantise_activation, accumulator)
+    return rounded(matmul(h, w2_HI, accumulator, grade), output_format)
+
+
+def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
+    """The sum [T, H] of a token's terms: see ``RoundingContract.combine``."""
+    if contract.combine is None:
+        return total(terms_TKH, 1, contract.accumulator)
+    token_T1 = torch.arange(len(ids_TK))[:, None]
+    first, *rest = (
+        terms_TKH[token_T1, slot_T1][:, 0] for slot_T1 in ids_TK.argsort(dim=1).split(1, dim=1)
+    )
+    for term in rest:
+        pair = type(terms_TKH).stack([first, term])
+        first = rounded(total(pair, 0, contract.accumulator), contract.combine)
+    return first
 
 
 def across_ranks(contract: RoundingContract, partials_RTH: E) -> E:
     """The wire rule: what summing the ranks' shares may add, and how the sum is stored.
 
     RANK_ORDER and ANY_ORDER accumulate in fp32: (R - 1) u32 sum |p_r|.  PER_HOP rounds
-    to the payload's format at every hop: (R - 1) u_payload sum |p_r|.
+    after each addition, the last of which makes the result; before it, for n shares that
+    are not zero, sums of 2 .. n - 1 of them are rounded: u_hop sum max |s_j|.
     """
-    accumulator = contract.accumulator
-    if contract.wire is Wire.PER_HOP and contract.partial is not None:
-        accumulator = contract.partial
-    return rounded(total(partials_RTH, 0, accumulator), contract.reduced)
+    result = total(partials_RTH, 0, contract.accumulator)
+    hop = contract.reduced or contract.partial
+    if contract.wire is Wire.PER_HOP and hop is not None:
+        result = type(result)(result.value, result.join(result.radius, _hops(partials_RTH, hop)))
+    return rounded(result, contract.reduced)
+
+
+def _hops(shares_RTH: Enclosure, hop: Format) -> Tensor:
+    """What rounding every sum but the last may add, whichever shares meet first: [T, H].
+
+    The largest |sum| of j shares is that of the j largest of one sign.
+    """
+    error_RTH = shares_RTH.error()
+    ends = (shares_RTH.value + error_RTH, error_RTH - shares_RTH.value)
+    sizes = [end.clamp(min=0).sort(dim=0, descending=True).values.cumsum(dim=0) for end in ends]
+    met = torch.arange(1, len(error_RTH) + 1)[:, None, None]
+    stored = (met > 1) & (met < (shares_RTH.magnitude() > 0).sum(dim=0))
+    added = torch.where(stored, hop.unit * torch.maximum(*sizes) + hop.underflow, 0.0)
+    return added.sum(dim=0) / (1 - len(error_RTH) * hop.unit)
 
 
 def rank_order_sum(shares_RTH: Tensor) -> Tensor:

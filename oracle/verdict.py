@@ -1,6 +1,7 @@
 """The verdict on one forward: equivalent or not, where not, and how sure."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +13,10 @@ STAGES = ("router", "dispatch", "experts", "combine", "output")
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault, at one place.  ``token`` and ``dim`` index that rank's rows."""
+    """One fault, at one place.  ``token`` and ``dim`` index that rank's rows.
+
+    ``relation`` names the property that does not hold, empty for the envelope around truth.
+    """
 
     stage: str
     rank: int
@@ -21,6 +25,7 @@ class Finding:
     message: str
     ratio: float = torch.inf
     proof: bool = False
+    relation: str = ""
 
     def __str__(self) -> str:
         return self.message
@@ -78,7 +83,40 @@ class Verdict:
                 f"{self.slots_distinct} told from their rival"
             )
         others = sorted({f.stage for f in self.findings} - {culprit.stage}, key=STAGES.index)
-        lines = [culprit.message, f"  path: {self.path}   stage: {culprit.stage}"]
+        where = f"  path: {self.path}   stage: {culprit.stage}"
+        if culprit.relation:
+            where += f"   relation: {culprit.relation}"
+        lines = [culprit.message, where]
         if others:
             lines.append(f"  also outside: {', '.join(others)}")
         return "\n".join(lines)
+
+
+def merged(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict on several forwards of a layer: all findings, sums of counts, worst ratio.
+
+    Contract and path are those of the first forward that failed, or of the last one.
+    """
+    shown = next((verdict for verdict in verdicts if not verdict.equivalent), verdicts[-1])
+    total = replace(
+        shown,
+        findings=[finding for verdict in verdicts for finding in verdict.findings],
+        worst_ratio=max(verdict.worst_ratio for verdict in verdicts),
+        conclusive=all(verdict.conclusive for verdict in verdicts),
+    )
+    for name in _COUNTS:
+        setattr(total, name, sum(getattr(verdict, name) for verdict in verdicts))
+    return total
+
+
+#: What adds up over forwards.
+_COUNTS = (
+    "elements",
+    "flips",
+    "expected_flips",
+    "tokens",
+    "ambiguous",
+    "slots",
+    "slots_visible",
+    "slots_distinct",
+)

@@ -16,23 +16,28 @@ import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
 from twinmoe.optimized.communication.multimem import Leaf, store_to_all
-from twinmoe.optimized.communication.packing import PackedTensor, as_words, block_lanes
+from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor, as_words
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
-from twinmoe.optimized.launch import run
+from twinmoe.optimized.launch import run, sizes
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
 
-#: Least and most lanes that a CTA moves at once: one to four for each of 128 threads.  The
-#: interpreter pays per operation, not per element: as few steps as possible, nothing idle.
-_BLOCK_BOUNDS = (1, 8192) if INTERPRETED else (128, 512)
+#: Most lanes of a thread at once.
+_LANES_PER_THREAD = 4
+
+#: Least and most lanes of a step in the interpreter, which pays by the operation: few steps.
+_BLOCK_BOUNDS = (1, 8192)
 
 
 @triton.jit
 def all_gather_kernel(
-    sources, offsets, num_lanes, buffer_ptrs, signal_pad_ptrs, multicast_ptr, rank,
+    sources, offsets, num_lanes, first_ctas, buffer_ptrs, signal_pad_ptrs, multicast_ptr, rank,
     WORDS: tl.constexpr, BLOCKS: tl.constexpr, WORLD: tl.constexpr, THREADS: tl.constexpr,
     LEAF: tl.constexpr, LEADING_BARRIER: tl.constexpr,
 ):  # fmt: skip
-    """Push lanes of ``sources[i]`` to byte ``offsets[i]`` of all buffers, for every tensor i."""
+    """Push lanes of ``sources[i]`` to byte ``offsets[i]`` of all buffers, for every tensor i.
+
+    CTA ``first_ctas[i]`` starts with tensor i: small tensors travel side by side.
+    """
     if LEADING_BARRIER:
         signal_pad_barrier(
             signal_pad_ptrs, rank, WORLD, THREADS,
@@ -40,7 +45,7 @@ def all_gather_kernel(
         )  # fmt: skip
     for i in tl.static_range(len(sources)):
         _push(
-            sources[i], offsets[i], num_lanes[i], buffer_ptrs, multicast_ptr, rank,
+            sources[i], offsets[i], num_lanes[i], first_ctas[i], buffer_ptrs, multicast_ptr, rank,
             WORDS[i], BLOCKS[i], WORLD, LEAF,
         )  # fmt: skip
     signal_pad_barrier(
@@ -50,10 +55,11 @@ def all_gather_kernel(
 
 @triton.jit
 def _push(
-    source, offset, num_lanes, buffer_ptrs, multicast_ptr, rank,
+    source, offset, num_lanes, first_cta, buffer_ptrs, multicast_ptr, rank,
     WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    for start in range(tl.program_id(0) * BLOCK, num_lanes, tl.num_programs(0) * BLOCK):
+    turn = (tl.program_id(0) + tl.num_programs(0) - first_cta) % tl.num_programs(0)
+    for start in range(turn * BLOCK, num_lanes, tl.num_programs(0) * BLOCK):
         lane = start + tl.arange(0, BLOCK)
         live = lane < num_lanes
         word = lane[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -80,24 +86,40 @@ def all_gather(
     words = tuple(as_words(source, slot) for source, slot in zip(sources, packed, strict=True))
     offsets = tuple(region_offset + slot.offset + memory.rank * slot.slice_bytes for slot in packed)
     lanes = tuple(slot.num_lanes for slot in packed)
+    shape = LaunchShape(num_ctas, 1, _BLOCK_BOUNDS)
+    if not INTERPRETED:
+        shape = LaunchShape.choose(sum(lanes), num_ctas, _LANES_PER_THREAD)
+    blocks = tuple(shape.block_lanes(count) for count in lanes)
     constants = {
         "WORDS": tuple(slot.words_per_lane for slot in packed),
-        "BLOCKS": tuple(block_lanes(count, num_ctas, _BLOCK_BOUNDS) for count in lanes),
+        "BLOCKS": blocks,
         "WORLD": memory.world_size,
         "THREADS": triton.next_power_of_2(memory.world_size),
         "LEAF": int(leaf),
         "LEADING_BARRIER": leading_barrier,
+        "num_warps": shape.num_warps,
     }
     run(
         name,
-        lambda: all_gather_kernel[(num_ctas,)](
+        lambda: all_gather_kernel[(shape.num_ctas,)](
             words,
             offsets,
             lanes,
+            _first_ctas(lanes, blocks, shape.num_ctas),
             memory.buffer_ptrs,
             memory.signal_pad_ptrs,
             memory.multicast_ptr,
             memory.rank,
             **constants,
         ),
+        f"{sizes(*sources)} on {shape.num_ctas} programs",
     )
+
+
+def _first_ctas(lanes: Sequence[int], blocks: Sequence[int], num_ctas: int) -> tuple[int, ...]:
+    """The CTA behind the last one that the tensors before keep busy."""
+    firsts, taken = [], 0
+    for count, block in zip(lanes, blocks, strict=True):
+        firsts.append(taken % num_ctas)
+        taken += -(-count // block)
+    return tuple(firsts)

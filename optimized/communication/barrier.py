@@ -107,4 +107,5 @@ def barrier(memory: SymmetricMemory, num_ctas: int) -> None:
     run(
         "barrier",
         lambda: barrier_kernel[(num_ctas,)](memory.signal_pad_ptrs, memory.rank, **constants),
+        f"on {num_ctas} programs",
     )

@@ -50,7 +50,11 @@ class CollectiveTransport:
         check_partial_shape(num_rows, partial.dtype, self.world_size)
         own = partial.new_empty(num_rows // self.world_size, hidden_size)
         if own.numel():
-            launch.run(f"reduce_scatter[{self._label}]", lambda: self._run_scatter(own, partial))
+            launch.run(
+                f"reduce_scatter[{self._label}]",
+                lambda: self._run_scatter(own, partial),
+                launch.sizes(partial),
+            )
         return own.float()
 
     def report(self) -> TransportReport:
@@ -70,7 +74,11 @@ class CollectiveTransport:
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = tensor.new_empty(len(tensor) * self.world_size, *tensor.shape[1:])
         if gathered.numel():
-            launch.run(f"all_gather[{self._label}]", lambda: self._run_gather(gathered, tensor))
+            launch.run(
+                f"all_gather[{self._label}]",
+                lambda: self._run_gather(gathered, tensor),
+                launch.sizes(tensor),
+            )
         return gathered
 
     def _run_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -16,6 +16,9 @@ ALIGNMENT = 16
 #: The narrowest lane that the multicast instructions are used with (64 bits).
 MIN_MULTICAST_LANE_BYTES = 8
 
+#: Below this many CTAs there is nothing left to win: their barriers run side by side.
+MIN_CTAS = 4
+
 #: The integer whose copies move a lane's bits; 16-byte lanes are two 8-byte words.
 _WORD_DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -67,11 +70,33 @@ def pack(slice_bytes: Sequence[int], world_size: int) -> tuple[tuple[PackedTenso
     return tuple(packed), offset
 
 
-def block_lanes(num_lanes: int, num_ctas: int, bounds: tuple[int, int]) -> int:
-    """Lanes that a CTA takes at once: a power of two within ``bounds`` that keeps all CTAs busy."""
-    share = -(-num_lanes // num_ctas)
-    narrowest, widest = bounds
-    return max(narrowest, min(widest, 1 << max(0, share - 1).bit_length()))
+@dataclass(frozen=True)
+class LaunchShape:
+    """How a collective of some size is spread over a GPU: the same on all ranks, by shapes alone.
+
+    ``bounds``: least and most lanes that a CTA moves at once.
+    """
+
+    num_ctas: int
+    num_warps: int
+    bounds: tuple[int, int]
+
+    @classmethod
+    def choose(cls, num_lanes: int, most_ctas: int, lanes_per_thread: int) -> "LaunchShape":
+        """A few CTAs for a decode step, whose cost is the barrier; all of them for much data.
+
+        Links are filled by bytes in flight: wide CTAs with several lanes in every thread.
+        """
+        num_warps = 4 if num_lanes <= most_ctas * 128 else 8
+        wanted = -(-num_lanes // (32 * num_warps))
+        num_ctas = min(most_ctas, max(MIN_CTAS, wanted))
+        return cls(num_ctas, num_warps, (32 * num_warps, 32 * num_warps * lanes_per_thread))
+
+    def block_lanes(self, num_lanes: int) -> int:
+        """Lanes that a CTA takes at once: a power of two in bounds that keeps all CTAs busy."""
+        share = -(-num_lanes // self.num_ctas)
+        narrowest, widest = self.bounds
+        return max(narrowest, min(widest, 1 << max(0, share - 1).bit_length()))
 
 
 def as_words(tensor: torch.Tensor, packed: PackedTensor) -> torch.Tensor:

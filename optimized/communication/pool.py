@@ -18,6 +18,12 @@ from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 #: Unused bytes before, between and after the regions.
 GUARD_BYTES = 256
 
+#: What guards hold; a store of zeros or of NaN changes it.
+_GUARD_PATTERN = 0xA5
+
+#: Every byte of a NaN, in all floating-point formats that travel.
+_POISON = 0xFF
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -79,6 +85,8 @@ class SymmetricPool:
         self.capacity = capacity
         self.num_ctas = num_ctas
         self.order = CollectiveOrder()
+        for guard in self._guards():
+            guard.fill_(_GUARD_PATTERN)
         #: Whether a captured graph holds addresses of this memory.
         self.captured = False
 
@@ -105,6 +113,30 @@ class SymmetricPool:
         """View this rank's buffer from ``offset`` on as a tensor."""
         num_bytes = dtype.itemsize * torch.Size(shape).numel()
         return self.memory.buffer[offset : offset + num_bytes].view(dtype).view(shape)
+
+    def poison(self) -> None:
+        """Fill both regions with NaN, whatever the dtype; no collective may be in flight."""
+        capacity = self.capacity
+        for start, size in (
+            (capacity.all_gather_offset, capacity.all_gather_bytes),
+            (capacity.reduce_scatter_offset, capacity.reduce_scatter_bytes),
+        ):
+            self.memory.buffer[start : start + size].fill_(_POISON)
+
+    def trespassed(self) -> bool:
+        """Whether a store has hit the bytes around the regions; waits for the device."""
+        return any(bool((guard != _GUARD_PATTERN).any()) for guard in self._guards())
+
+    def _guards(self) -> list[torch.Tensor]:
+        capacity = self.capacity
+        gathered_end = capacity.all_gather_offset + round_up(capacity.all_gather_bytes, GUARD_BYTES)
+        summed_end = capacity.reduce_scatter_offset + round_up(capacity.reduce_scatter_bytes)
+        buffer = self.memory.buffer
+        return [
+            buffer[: capacity.all_gather_offset],
+            buffer[gathered_end : capacity.reduce_scatter_offset],
+            buffer[summed_end : capacity.total_bytes],
+        ]
 
     def close(self) -> None:
         """Release the memory; transports of this pool raise from now on."""

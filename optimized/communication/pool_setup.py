@@ -70,6 +70,11 @@ def acquire_pool(
     return pool, {}
 
 
+def pools_of(group: dist.ProcessGroup | None) -> list[SymmetricPool]:
+    """Return the pools that this rank holds of ``group`` (None: of a single rank)."""
+    return list(_pools.get(_SINGLE_RANK if group is None else group, {}).values())
+
+
 def release_pools(group: dist.ProcessGroup | None) -> None:
     """Free all symmetric memory of ``group`` on this rank.
 

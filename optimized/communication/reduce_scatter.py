@@ -12,9 +12,9 @@ import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
 from twinmoe.optimized.communication.multimem import Leaf, sum_from_all
-from twinmoe.optimized.communication.packing import PackedTensor, block_lanes
+from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
-from twinmoe.optimized.launch import run
+from twinmoe.optimized.launch import run, sizes
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
 
 #: What a partial result may be stored as; all are summed in fp32.
@@ -24,9 +24,11 @@ WIRE_DTYPES = {
     torch.float16: tl.float16,
 }
 
-#: Least and most lanes that a CTA sums at once, as in the all-gather; a 16-byte lane is up to 8
-#: sums held in registers, so there are fewer of them.
-_BLOCK_BOUNDS = (1, 4096) if INTERPRETED else (128, 256)
+#: Most lanes of a thread at once; a 16-byte lane is up to 8 sums held in registers.
+_LANES_PER_THREAD = 2
+
+#: Least and most lanes of a step in the interpreter, which pays by the operation: few steps.
+_BLOCK_BOUNDS = (1, 4096)
 
 
 @triton.jit
@@ -65,17 +67,21 @@ def reduce_scatter(
     Partials lie at ``region_offset``, R slices of ``packed.slice_bytes`` each.
     """
     offset = region_offset + packed.offset + memory.rank * packed.slice_bytes
+    shape = LaunchShape(num_ctas, 1, _BLOCK_BOUNDS)
+    if not INTERPRETED:
+        shape = LaunchShape.choose(packed.num_lanes, num_ctas, _LANES_PER_THREAD)
     constants = {
         "DTYPE": WIRE_DTYPES[dtype],
         "ELEMENTS": packed.lane_bytes // dtype.itemsize,
-        "BLOCK": block_lanes(packed.num_lanes, num_ctas, _BLOCK_BOUNDS),
+        "BLOCK": shape.block_lanes(packed.num_lanes),
         "WORLD": memory.world_size,
         "THREADS": triton.next_power_of_2(memory.world_size),
         "LEAF": int(leaf),
+        "num_warps": shape.num_warps,
     }
     run(
         name,
-        lambda: reduce_scatter_kernel[(num_ctas,)](
+        lambda: reduce_scatter_kernel[(shape.num_ctas,)](
             out,
             offset,
             packed.num_lanes,
@@ -85,4 +91,5 @@ def reduce_scatter(
             memory.rank,
             **constants,
         ),
+        f"{sizes(out)} in {dtype} on {shape.num_ctas} programs",
     )

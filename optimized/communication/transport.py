@@ -30,8 +30,9 @@ from twinmoe.optimized.communication.symmetric_transport import SymmetricTranspo
 from twinmoe.optimized.launch import capturing
 from twinmoe.optimized.triton_runtime import INTERPRETED
 
-#: CTAs of every collective.  The interpreter runs them one after another: more only cost there.
-_NUM_CTAS = 1 if INTERPRETED else 32
+#: Most CTAs of a collective: their signal pads fit PyTorch's 2048 bytes at up to 8 ranks.  The
+#: interpreter runs them one after another: more only cost there.
+_NUM_CTAS = 1 if INTERPRETED else 56
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,15 @@ def gate_times_up(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.co
 
 
 @triton.jit
+def _stored(value, h_ptr):
+    """``value`` as fp32, after one rounding to the dtype of h if it has none behind it yet."""
+    if value.dtype == h_ptr.dtype.element_ty:
+        return to_fp32(value)
+    else:  # noqa: RET505
+        return to_fp32(round_to(value, h_ptr.dtype.element_ty))
+
+
+@triton.jit
 def expert_activation(
     gate_up_ptr,
     h_ptr,
@@ -58,21 +67,21 @@ def expert_activation(
     i_I = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
     mask = (row_S < num_rows) & (i_I < I)
     F: tl.constexpr = 2 * I if GATED else I
-    gate = to_fp32(tl.load(gate_up_ptr + row_S * F + i_I, mask=mask, other=0))
+    gate = _stored(tl.load(gate_up_ptr + row_S * F + i_I, mask=mask, other=0), h_ptr)
     up = gate
     if GATED:
-        up = to_fp32(tl.load(gate_up_ptr + row_S * F + I + i_I, mask=mask, other=0))
+        up = _stored(tl.load(gate_up_ptr + row_S * F + I + i_I, mask=mask, other=0), h_ptr)
     h = gate_times_up(gate, up, ACT, GATED, LIMIT)
     tl.store(h_ptr + row_S * I + i_I, round_to(h, h_ptr.dtype.element_ty), mask=mask)
 
 
 def activate(config: MoEConfig, gate_up_SF: Tensor, num_rows: Tensor) -> Tensor:
-    """Return h_SI in the dtype of ``gate_up_SF``, computed in fp32 and rounded once.
+    """Return h_SI in the model dtype, computed in fp32 and rounded once.
 
-    num_rows: one int32 on the device; rows from there on are neither read nor written.
+    gate_up_SF: in the model dtype, or in fp32 and then rounded to it first.  num_rows: one int32 on the device; rows from there on are neither read nor written.
     """
     num_slots, intermediate = gate_up_SF.shape[0], config.moe_intermediate_size
-    h_SI = gate_up_SF.new_empty(num_slots, intermediate)
+    h_SI = gate_up_SF.new_empty(num_slots, intermediate, dtype=config.dtype)
     if num_slots:
         block_s = min(triton.next_power_of_2(num_slots), 64) if INTERPRETED else 1
         block_i = min(triton.next_power_of_2(intermediate), 1024)

@@ -3,13 +3,14 @@
 import torch
 
 from twinmoe.optimized.experts.backend import ExpertBackend
+from twinmoe.optimized.experts.flashinfer import FlashInferBackend
 from twinmoe.optimized.experts.fused import TritonBackend
 from twinmoe.optimized.experts.grouped_mm import GroupedMMBackend
 from twinmoe.reference.config import ConfigError, MoEConfig
 
 #: Every backend by name, most preferred first.
 BACKENDS: dict[str, type[ExpertBackend]] = {
-    backend.name: backend for backend in (GroupedMMBackend, TritonBackend)
+    backend.name: backend for backend in (GroupedMMBackend, TritonBackend, FlashInferBackend)
 }
 
 #: Take the first backend that supports the layer.

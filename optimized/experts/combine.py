@@ -26,23 +26,32 @@ def combine_slots(
     WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """out_MH = sum over k = 0 .. K-1, in this order, of weight * y at the slot's position."""
     row_M = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     row_exists = row_M < num_rows
+    # One load each for all k, so that a row's latency is three loads and not three times K.
+    k_K = tl.arange(0, BLOCK_K)
+    slot_MK = row_M[:, None] * K + k_K[None, :]
+    exists_MK = row_exists[:, None] & (k_K < K)[None, :]
+    id_MK = tl.load(ids_ptr + slot_MK, mask=exists_MK, other=-1).to(tl.int32)
+    expert_MK = id_MK - first_expert
+    local_MK = (id_MK >= 0) & (expert_MK >= 0) & (expert_MK < L)
+    position_MK = tl.load(positions_ptr + slot_MK, mask=local_MK, other=-1)
+    if WEIGHTED:
+        weight_MK = tl.load(weights_ptr + slot_MK, mask=local_MK, other=0.0)
     sum_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    for k in range(K):
-        slot_M = row_M * K + k
-        id_M = tl.load(ids_ptr + slot_M, mask=row_exists, other=-1).to(tl.int32)
-        expert_M = id_M - first_expert
-        local_M = (id_M >= 0) & (expert_M >= 0) & (expert_M < L)
-        position_M = tl.load(positions_ptr + slot_M, mask=local_M, other=0).to(tl.int64)
-        y_at = y_ptr + position_M[:, None] * H + h_H[None, :]
+    for k in tl.static_range(K):
+        is_k_MK = (k_K == k)[None, :]
+        position_M = tl.max(tl.where(is_k_MK, position_MK, -1), 1)
+        local_M = position_M >= 0
+        y_at = y_ptr + position_M.to(tl.int64)[:, None] * H + h_H[None, :]
         # Rows behind the last position hold anything, NaN included: never loaded, never scaled.
         y_MH = to_fp32(tl.load(y_at, mask=local_M[:, None] & (h_H < H)[None, :], other=0.0))
         if WEIGHTED:
-            weight_M = tl.load(weights_ptr + slot_M, mask=local_M, other=0.0)
+            weight_M = tl.sum(tl.where(is_k_MK, weight_MK, 0.0), 1)
             y_MH = weight_M[:, None] * y_MH
         sum_MH += y_MH
     out_at = out_ptr + row_M[:, None] * H + h_H[None, :]
@@ -86,4 +95,5 @@ def combine(
         WEIGHTED=weighted,
         BLOCK_M=block_m,
         BLOCK_H=block_h,
+        BLOCK_K=triton.next_power_of_2(ids_MK.shape[1]),
     )

@@ -27,10 +27,11 @@ class GemmTiles:
     num_stages: int
 
     @classmethod
-    def choose(cls, columns: int, depth: int, itemsize: int) -> "GemmTiles":
+    def choose(cls, columns: int, depth: int, itemsize: int, busy_tiles: float) -> "GemmTiles":
         """Large blocks for the interpreter, which pays by the operation; else Hopper's.
 
-        A depth step of 128 bytes is one swizzled row of Hopper's shared memory.
+        ``busy_tiles``: row tiles that a batch of this size fills on average; a function of
+        shapes alone.  Few of them leave multiprocessors idle unless columns are cut finer.
         """
         if INTERPRETED:
             block_n = min(max(triton.next_power_of_2(columns), 16), 512)
@@ -72,7 +73,8 @@ class TritonBackend(SortedBackend):
         if num_slots == 0:
             return y_SH
         tiles = (plan.ends_L, plan.tile_expert_X, plan.tile_first_X)
-        up = GemmTiles.choose(intermediate, hidden, x_MH.itemsize)
+        busy = self._busy_tiles(plan)
+        up = GemmTiles.choose(intermediate, hidden, x_MH.itemsize, busy)
         launch(
             expert_gate_up,
             self._grid(plan, intermediate, up),
@@ -88,7 +90,7 @@ class TritonBackend(SortedBackend):
             LIMIT=config.swiglu_limit,
             **self._constants(plan, up),
         )
-        down = GemmTiles.choose(hidden, intermediate, x_MH.itemsize)
+        down = GemmTiles.choose(hidden, intermediate, x_MH.itemsize, busy)
         launch(
             expert_down,
             self._grid(plan, hidden, down),
@@ -99,6 +101,12 @@ class TritonBackend(SortedBackend):
             **self._constants(plan, down),
         )
         return y_SH
+
+    def _busy_tiles(self, plan: SlotPlan) -> float:
+        """Row tiles that uniform routing fills: of L experts, those that any slot chose."""
+        local, slots = plan.ends_L.shape[0], plan.slots_S.shape[0]
+        chosen = local * (1 - (1 - 1 / self.config.num_experts) ** slots)
+        return max(chosen, slots * local / self.config.num_experts / plan.block_m)
 
     def _grid(self, plan: SlotPlan, columns: int, tiles: GemmTiles) -> tuple[int, int]:
         return plan.tile_expert_X.shape[0], triton.cdiv(columns, tiles.block_n)

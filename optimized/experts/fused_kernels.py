@@ -13,6 +13,27 @@ from twinmoe.optimized.triton_runtime import tl, triton
 
 
 @triton.jit
+def _inside(rows, columns, fits: tl.constexpr):
+    """``rows`` and ``columns`` in bounds; sizes that fit their tiles need no second test."""
+    if fits:
+        return rows
+    else:  # noqa: RET505
+        return rows & columns
+
+
+@triton.jit
+def _weight_mask(
+    d_D, column_N, depth: tl.constexpr, columns: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which of a weight tile [D, N] exists; the compiler drops a mask that is always true."""
+    if depth % BLOCK_K == 0 and columns % BLOCK_N == 0:
+        return tl.full((BLOCK_K, BLOCK_N), True, tl.int1)
+    else:  # noqa: RET505
+        return (d_D < depth)[:, None] & (column_N < columns)[None, :]
+
+
+@triton.jit
 def expert_gate_up(
     x_ptr,
     weights_ptr,
@@ -51,12 +72,12 @@ def expert_gate_up(
     up_MN = gate_MN
     for start in range(0, H, BLOCK_K):
         d_D = start + tl.arange(0, BLOCK_K)
-        x_mask = filled_M[:, None] & (d_D < H)[None, :]
+        x_mask = _inside(filled_M[:, None], (d_D < H)[None, :], H % BLOCK_K == 0)
         x_MD = tl.load(x_row_M[:, None] + d_D[None, :], mask=x_mask, other=0)
         if weights_ptr is not None:
             x_MD = round_to(weight_M1 * to_fp32(x_MD), x_ptr.dtype.element_ty)
         x_MD = dot_operand(x_MD)
-        w_mask = (d_D < H)[:, None] & exists_N[None, :]
+        w_mask = _weight_mask(d_D, column_N, H, I, BLOCK_K, BLOCK_N)
         w_at = w_row_N[None, :] + d_D[:, None]
         gate_DN = dot_operand(tl.load(w_at, mask=w_mask, other=0))
         gate_MN = tl.dot(x_MD, gate_DN, gate_MN, input_precision="ieee")
@@ -97,9 +118,9 @@ def expert_down(
     y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, I, BLOCK_K):
         d_D = start + tl.arange(0, BLOCK_K)
-        h_mask = filled_M[:, None] & (d_D < I)[None, :]
+        h_mask = _inside(filled_M[:, None], (d_D < I)[None, :], I % BLOCK_K == 0)
         h_MD = tl.load(h_row_M[:, None] + d_D[None, :], mask=h_mask, other=0)
-        w_mask = (d_D < I)[:, None] & exists_N[None, :]
+        w_mask = _weight_mask(d_D, column_N, I, H, BLOCK_K, BLOCK_N)
         w_DN = tl.load(w_row_N[None, :] + d_D[:, None], mask=w_mask, other=0)
         y_MN = tl.dot(dot_operand(h_MD), dot_operand(w_DN), y_MN, input_precision="ieee")
     y_at = y_ptr + position_M.to(tl.int64)[:, None] * H + column_N[None, :]

@@ -51,7 +51,7 @@ def plan_slots(ids_MK: Tensor, first_expert: int, num_local_experts: int) -> Slo
     block_m = rows_per_tile(num_slots, num_local_experts)
     num_tiles = most_tiles(num_slots, num_local_experts, block_m)
     sizes = (num_slots, num_slots, num_local_experts, num_tiles, num_tiles)
-    sections = _zeroed_sections(sizes, ids_MK.device)
+    sections = _sections(sizes, ids_MK.device)
     slots_S, positions_S, ends_L, tile_expert_X, tile_first_X = sections
     if num_slots:
         block_l = min(triton.next_power_of_2(num_local_experts), 64) if INTERPRETED else 1
@@ -90,10 +90,11 @@ def most_tiles(num_slots: int, num_local_experts: int, tile_rows: int) -> int:
     return busy_experts + (num_slots - busy_experts) // tile_rows
 
 
-def _zeroed_sections(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    """Cut one zeroed int32 buffer, a single launch, into aligned tensors of these sizes."""
+def _sections(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Cut one int32 buffer into aligned tensors of these sizes; zeroed where no kernel will be."""
     padded = [triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    buffer = torch.zeros(sum(padded), dtype=torch.int32, device=device)
+    make = torch.empty if sizes[0] else torch.zeros
+    buffer = make(sum(padded), dtype=torch.int32, device=device)
     parts = buffer.split(padded)
     return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
@@ -116,30 +117,17 @@ def sort_slots(
     BLOCK_E: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Place the slots of BLOCK_L experts; every program counts all experts for itself."""
-    expert_E = tl.arange(0, BLOCK_E)
-    count_E = tl.zeros((BLOCK_E,), tl.int32)
+    """Place the slots of BLOCK_L experts; program 0 also writes whatever is not a place."""
+    own_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    before_L = tl.zeros((BLOCK_L,), tl.int32)
+    count_L = tl.zeros((BLOCK_L,), tl.int32)
     for base in range(0, num_slots, BLOCK_S):
         expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
-        count_E += tl.histogram(expert_S, BLOCK_E, mask=expert_S < L)
-    end_E = tl.cumsum(count_E, 0)
-    start_E = end_E - count_E
-    if tl.program_id(0) == 0:
-        tl.store(ends_ptr + expert_E, end_E, mask=expert_E < L)
-        _store_tiles(
-            tile_expert_ptr,
-            tile_first_ptr,
-            start_E,
-            count_E,
-            num_tiles,
-            TILE_ROWS,
-            BLOCK_E,
-            BLOCK_X,
-        )
+        before_L += tl.sum((expert_S[:, None] < own_L[None, :]).to(tl.int32), 0)
+        count_L += tl.sum((expert_S[:, None] == own_L[None, :]).to(tl.int32), 0)
+    tl.store(ends_ptr + own_L, before_L + count_L, mask=own_L < L)
 
-    own_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    is_own_LE = own_L[:, None] == expert_E[None, :]
-    next_L = tl.sum(tl.where(is_own_LE, start_E[None, :], 0), 1)
+    next_L = before_L
     for base in range(0, num_slots, BLOCK_S):
         expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
         mine_SL = (expert_S[:, None] == own_L[None, :]).to(tl.int32)
@@ -150,6 +138,31 @@ def sort_slots(
         tl.store(positions_ptr + slot_S, position_S, mask=placed_S)
         tl.store(slots_ptr + position_S, slot_S, mask=placed_S)
         next_L += tl.sum(mine_SL, 0)
+
+    if tl.program_id(0) == 0:
+        expert_E = tl.arange(0, BLOCK_E)
+        count_E = tl.zeros((BLOCK_E,), tl.int32)
+        for base in range(0, num_slots, BLOCK_S):
+            expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
+            count_E += tl.histogram(expert_S, BLOCK_E, mask=expert_S < L)
+            slot_S = base + tl.arange(0, BLOCK_S)
+            is_elsewhere = (expert_S >= L) & (slot_S < num_slots)
+            tl.store(positions_ptr + slot_S, 0, mask=is_elsewhere)
+        num_placed = tl.sum(count_E)
+        for base in range(0, num_slots, BLOCK_S):
+            position_S = base + tl.arange(0, BLOCK_S)
+            is_behind = (position_S >= num_placed) & (position_S < num_slots)
+            tl.store(slots_ptr + position_S, 0, mask=is_behind)
+        _store_tiles(
+            tile_expert_ptr,
+            tile_first_ptr,
+            tl.cumsum(count_E, 0) - count_E,
+            count_E,
+            num_tiles,
+            TILE_ROWS,
+            BLOCK_E,
+            BLOCK_X,
+        )
 
 
 @triton.jit

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+#: (model, GPUs, dtype, transport, backend, mode, verdict) of every path judged at real widths.
+PATHS: list[tuple[Any, ...]] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +21,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not available:
             reason = f"no CUDA device here: none of the {len(ours)} tests in tests/gpu can run"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show worst ratio and flips of every path at real widths, worst mode of each."""
+    if not PATHS:
+        return
+    terminalreporter.section("published widths: error / allowed error, and flips")
+    rows: dict[tuple[Any, ...], list[Any]] = {}
+    for *path, _mode, verdict in PATHS:
+        rows.setdefault(tuple(path), []).append(verdict)
+    for path, verdicts in rows.items():
+        model, gpus, dtype, transport, backend = path
+        worst = max(verdict.worst_ratio for verdict in verdicts)
+        elements = sum(verdict.elements for verdict in verdicts)
+        flips = sum(verdict.flips for verdict in verdicts) / max(elements, 1)
+        expected = sum(verdict.expected_flips for verdict in verdicts) / max(elements, 1)
+        word = "equivalent" if all(v.equivalent for v in verdicts) else "NOT EQUIVALENT"
+        terminalreporter.write_line(
+            f"{model:14} {gpus} GPU {dtype} {transport:5} {backend:10} worst {worst:.3f}  "
+            f"flips {100 * flips:.2f} % (at most {100 * expected:.2f} % expected)  {word}"
+        )

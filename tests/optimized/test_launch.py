@@ -27,9 +27,13 @@ def add_kernel(x, amount):
 def heard():
     """The names that an observer was told, in order."""
     names = []
-    launch.observers.append(names.append)
+
+    def hear(name, _on):
+        names.append(name)
+
+    launch.observers.append(hear)
     yield names
-    launch.observers.remove(names.append)
+    launch.observers.remove(hear)
 
 
 def test_a_kernel_is_counted_under_its_own_name(heard):

@@ -20,10 +20,14 @@ NAN = math.nan
 seeds = st.integers(0, 2**32)
 
 
-def flips(rate_T: Tensor, expected: float, sign_T: Tensor | None = None) -> aggregates.Flips:
-    """Return flips of given rates, all tokens expecting the same."""
+def flips(
+    rate_T: Tensor, expected: float, sign_T: Tensor | None = None, variance: float | None = None
+) -> aggregates.Flips:
+    """Return flips of given rates, all tokens expecting the same, each a single draw."""
     sign_T = torch.zeros_like(rate_T) if sign_T is None else sign_T
-    return aggregates.Flips(rate_T, torch.full_like(rate_T, expected), sign_T)
+    variance = expected * (1 - expected) if variance is None else variance
+    expected_T, variance_T = (torch.full_like(rate_T, part) for part in (expected, variance))
+    return aggregates.Flips(rate_T, expected_T, variance_T, sign_T)
 
 
 @pytest.mark.parametrize("target", [BF16, FP16], ids=lambda f: f.name)
@@ -35,7 +39,8 @@ def test_flips_are_counted_per_token_and_stay_below_their_expectation(target, se
     error = (torch.rand(64, 64, generator=g, dtype=torch.float64) * 2 - 1) * width
     spacing = ulp(value, target)
     seen, centre = round_to(value + error * spacing, target), round_to(value, target)
-    counted = aggregates.flips_of(seen, centre, torch.full_like(value, width))
+    chance = torch.full_like(value, width)
+    counted = aggregates.flips_of(seen, centre, chance, chance[:, 0] / 64)
     assert torch.equal(counted.rate_T, (seen != centre).double().mean(dim=1))
     assert not aggregates.too_many(counted)
     assert not aggregates.one_sided(counted)
@@ -45,7 +50,7 @@ def test_the_sign_of_a_flip_is_its_direction_from_zero():
     """Flips away from zero count +1, toward zero -1, whatever the sign of the element."""
     centre = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0], [1.0, NAN]]).double()
     seen = torch.tensor([[1.5, -1.5], [0.5, -0.5], [1.5, -0.5], [1.0, 3.0]]).double()
-    counted = aggregates.flips_of(seen, centre, torch.zeros(4, 2).double())
+    counted = aggregates.flips_of(seen, centre, torch.zeros(4, 2).double(), torch.zeros(4))
     assert counted.sign_T[:3].tolist() == [1.0, -1.0, 0.0]
     assert counted.sign_T[3].isnan(), "no flip has no sign"
     assert counted.rate_T.tolist() == [1.0, 1.0, 1.0, 0.0]
@@ -59,6 +64,13 @@ def test_chance_does_not_raise_the_flip_alarm(tokens, width, expected):
     drawn = torch.rand(500, tokens, width, generator=g) < expected
     rates = drawn.double().mean(dim=2)
     assert not any(aggregates.too_many(flips(rate_T, expected)) for rate_T in rates)
+
+
+def test_tokens_that_vary_less_give_an_alarm_sooner():
+    """Twice what is expected, in 64 tokens: chance if each flips as one, else none."""
+    rate_T = torch.full((64,), 0.2).double()
+    assert not aggregates.too_many(flips(rate_T, 0.1))
+    assert aggregates.too_many(flips(rate_T, 0.1, variance=0.1 / 64))
 
 
 def test_the_flip_alarm_is_no_more_frequent_than_its_bound(monkeypatch):
@@ -91,7 +103,8 @@ def test_a_truncating_cast_raises_both_alarms(target: Format):
     value = torch.randn(64, 64, generator=g, dtype=torch.float64)
     spacing = ulp(value, target)
     seen = torch.trunc(value / spacing) * spacing
-    counted = aggregates.flips_of(seen, round_to(value, target), torch.full_like(value, 0.1))
+    chance = torch.full_like(value, 0.1)
+    counted = aggregates.flips_of(seen, round_to(value, target), chance, chance[:, 0] / 64)
     assert 0.45 < float(counted.rate_T.mean()) < 0.55
     assert aggregates.too_many(counted)
     assert aggregates.one_sided(counted)

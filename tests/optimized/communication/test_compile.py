@@ -36,7 +36,10 @@ for leaf in (0, 1):
     print("==== all_gather", leaf)
     print(ptx_of(
         all_gather_kernel,
-        common | {"sources": ("*i64",) * 2, "offsets": ("i64",) * 2, "num_lanes": ("i32",) * 2},
+        common | {
+            "sources": ("*i64",) * 2, "offsets": ("i64",) * 2, "num_lanes": ("i32",) * 2,
+            "first_ctas": ("i32",) * 2,
+        },
         dict(WORDS=(2, 1), BLOCKS=(512, 128), WORLD=4, THREADS=4, LEAF=leaf, LEADING_BARRIER=True),
     ))
     for dtype, elements in ((tl.float32, 4), (tl.float32, 2), (tl.bfloat16, 8), (tl.float16, 4)):

@@ -79,7 +79,7 @@ def _replay(rank, group, tier):
     rows = torch.zeros(2, 8)
     tape = []
 
-    def keep(name, operation):
+    def keep(name, operation, _on):
         tape.append((name, operation))
         launch.execute(name, operation)
 

@@ -17,7 +17,7 @@ from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.experts import ACTIVATIONS
 from twinmoe.reference.weights import MoEWeights
 
-#: Which backend rounds gate/up and the expert output to the model dtype.
+#: Which of the backends that run on a CPU rounds gate/up and the expert output to the model dtype.
 ROUNDS_ALL = {"grouped_mm": True, "triton": False}
 
 

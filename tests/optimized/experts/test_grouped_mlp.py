@@ -22,7 +22,7 @@ from tests.optimized.experts.inputs import (
     poisoned_output,
     weighted_sum,
 )
-from twinmoe.optimized.experts import BACKENDS, InferenceGroupedMLP
+from twinmoe.optimized.experts import InferenceGroupedMLP
 from twinmoe.optimized.experts.fused import TritonBackend
 from twinmoe.optimized.experts.slots import plan_slots
 from twinmoe.reference.config import ConfigError, MoEConfig
@@ -30,7 +30,7 @@ from twinmoe.reference.experts import SequentialMLP
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.weights import MoEWeights
 
-both_backends = pytest.mark.parametrize("backend", list(BACKENDS))
+both_backends = pytest.mark.parametrize("backend", list(ROUNDS_ALL))
 
 
 def build(
@@ -247,7 +247,7 @@ def test_expert_rows_dtype_is_the_backend_s_declared_one():
     weights = integer_weights(config, 11)
     x_SH = integer_call(config, 3, 11).x_MH
     experts = torch.tensor([0, 7, 7])
-    rows = {name: build(config, weights, name).expert_rows(x_SH, experts) for name in BACKENDS}
+    rows = {name: build(config, weights, name).expert_rows(x_SH, experts) for name in ROUNDS_ALL}
     assert {name: y.dtype for name, y in rows.items()} == {
         "grouped_mm": torch.bfloat16,
         "triton": torch.float32,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.optimized.experts.inputs import ROUNDS_ALL, Call, config_of, poisoned_output
-from twinmoe.optimized.experts import BACKENDS, InferenceGroupedMLP
+from twinmoe.optimized.experts import InferenceGroupedMLP
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.config_checks import HIDDEN_ACTS
 from twinmoe.reference.experts import ACTIVATIONS
@@ -95,7 +95,7 @@ def expected(config: MoEConfig, weights: MoEWeights, call: Call, *, rounds_all: 
 @pytest.mark.parametrize("dtype", list(HALF_ULP), ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("act", HIDDEN_ACTS)
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", list(ROUNDS_ALL))
 def test_output_lies_within_the_declared_roundings(backend, act, gated, dtype):
     """O(1) layers with a limit that clamps: no element leaves its interval; zeros would."""
     config = config_of(

@@ -1,0 +1,111 @@
+"""``twinmoe bench``: latencies per stage beside their floors and beside the other paths."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from twinmoe.oracle import doctor
+from twinmoe.oracle.bench import LINK_RATE, MEMORY_RATE, Request, Row, measure, slowest
+from twinmoe.oracle.world import World
+from twinmoe.reference.published import PUBLISHED, published, scaled
+
+_console = Console()
+
+
+@click.command()
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(list(PUBLISHED)),
+    default=("qwen3-30b-a3b", "deepseek-v3"), show_default=True, help="Published geometries.",
+)  # fmt: skip
+@click.option(
+    "--gpus", default="", help="Expert-parallel sizes, as 1,2,4; by default what is here."
+)
+@click.option("--tokens", default="1,4,16,64", show_default=True, help="Tokens of each rank.")
+@click.option(
+    "--backend", "backends", multiple=True, help="Expert backends; all usable by default."
+)
+@click.option(
+    "--scale", type=click.IntRange(1), default=1, help="Divide the models' widths by this."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=180.0, show_default=True,
+    help="Seconds without progress that count as a hang.",
+)  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+def bench(
+    models: Sequence[str],
+    gpus: str,
+    tokens: str,
+    backends: Sequence[str],
+    scale: int,
+    device: str,
+    seed: int,
+    timeout: float,
+    json_file: Path | None,
+) -> None:
+    """Time router, collectives, experts and whole layers in graph replay.
+
+    Slowest rank, median of 20 replays of 16 calls with weights colder than L2.  The floor is
+    the time that the bytes of the experts in use, or the bytes on the links, need at least.
+    """
+    doctor.require(device)
+    rows: list[Row] = []
+    for size in _counts(gpus) if gpus else _sizes_here(device):
+        with World(size, device, timeout) as world:
+            for model in models:
+                config = scaled(published(model), scale)
+                config.check_ep_size(size)
+                for count in _counts(tokens):
+                    request = Request(model, config, count, tuple(backends), seed=seed)
+                    rows += slowest(world.run(measure, request))
+    _console.print(table(rows))
+    if json_file is not None:
+        told = {"memory_rate": MEMORY_RATE, "link_rate": LINK_RATE, "versions": doctor.versions()}
+        json_file.write_text(json.dumps(told | {"rows": [asdict(r) for r in rows]}, indent=1))
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line per measurement; ``ratio`` is to the quickest path of the same stage and size."""
+    shown = Table(title="microseconds in graph replay, slowest rank", title_justify="left")
+    for name in ("model", "GPUs", "tokens/rank", "stage", "path"):
+        shown.add_column(name, no_wrap=True)
+    for name in ("us", "floor", "% of floor rate", "ratio"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        alike = [r.us for r in rows if _where(r) == _where(row)]
+        shown.add_row(
+            *map(str, _where(row)),
+            row.path,
+            f"{row.us:.1f}",
+            f"{row.floor_us:.1f}",
+            f"{100 * row.floor_us / row.us:.0f}",
+            f"{row.us / min(alike):.2f}",
+        )
+    return shown
+
+
+def _where(row: Row) -> tuple[str, int, int, str]:
+    return row.model, row.gpus, row.tokens, row.stage
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of counts: write 1,2,4") from None
+    if min(counts) < 1:
+        raise click.BadParameter(f"{min(counts)} is not a count: use 1 or more")
+    return counts
+
+
+def _sizes_here(device: str) -> list[int]:
+    here = torch.cuda.device_count() if device == "cuda" else 1
+    return [size for size in (1, 2, 4, 8) if size <= here]

@@ -1,0 +1,130 @@
+"""From all ranks' showings of one case to one verdict.
+
+Every forward is judged against its own truth; then the forwards are compared with each
+other: by the case's relation, by the bits of equal questions, by the ranks' journals.
+
+Legend: T tokens of all ranks in rank order, H hidden_size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from twinmoe.oracle.agreement import collective_mismatches
+from twinmoe.oracle.breadcrumbs import Issued
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.judgement import judge
+from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.padding import leaks
+from twinmoe.oracle.relations import RELATIONS, Mapped
+from twinmoe.oracle.repeats import changed_answers
+from twinmoe.oracle.session import Answer
+from twinmoe.oracle.truth import Truth
+from twinmoe.oracle.verdict import Finding, Verdict, merged
+
+#: All ranks' answers to one forward.
+Round = Sequence[Answer]
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What one rank sends back about one subject: its forwards, and its collectives.
+
+    An answer is None where the rank had no part in the forward.
+    """
+
+    answers: tuple[Answer | None, ...]
+    journal: tuple[Issued, ...]
+
+
+def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
+    """Judge every forward of a subject on all ranks, and what must hold between them."""
+    rounds: list[Round] = [
+        [answer for answer in answers if answer is not None]
+        for answers in zip(*(showing.answers for showing in showings), strict=True)
+    ]
+    verdict = merged([_judge_forward(answers) for answers in rounds])
+    verdict.findings += changed_answers(rounds)
+    if case.relation:
+        verdict.findings += _related(case, rounds)
+    verdict.findings += (
+        Finding("dispatch", 0, None, None, mismatch, relation="collective contract")
+        for mismatch in collective_mismatches([showing.journal for showing in showings])
+    )
+    return verdict
+
+
+# --- one forward ------------------------------------------------------------------------------
+
+
+def _judge_forward(answers: Round) -> Verdict:
+    """Judge the numbers, and that all ranks took, and really ran, the claimed path."""
+    first = answers[0]
+    observations = [answer.observation for answer in answers]
+    verdict = judge(observations, first.scenario.truth(), first.contract)
+    for rank, answer in enumerate(answers):
+        told = [*_untrue_claims(rank, answer, first.contract), *answer.complaints]
+        tokens = [len(other.observation.output_TH) for other in answers]
+        verdict.findings += (Finding("dispatch", rank, None, None, text) for text in told)
+        verdict.findings += leaks(rank, answer.observation.taps, tokens)
+    if first.act:
+        verdict.findings = [
+            replace(finding, message=f"{first.act}: {finding.message}")
+            for finding in verdict.findings
+        ]
+    return verdict
+
+
+def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[str]:
+    if answer.contract != agreed:
+        yield (
+            f"rank {rank} runs {answer.contract.name}, rank 0 {agreed.name}: all ranks must take "
+            "the same path"
+        )
+    launched = answer.observation.launches.keys()
+    if missing := sorted(answer.required - launched):
+        yield (
+            f"rank {rank} claims {answer.observation.path!r}, but never launched "
+            f"{', '.join(missing)}"
+        )
+    moved = {name for name in launched if name.startswith(("all_gather[", "reduce_scatter["))}
+    if foreign := sorted(moved - answer.required):
+        yield (
+            f"rank {rank} claims {answer.observation.path!r}, but also launched "
+            f"{', '.join(foreign)}"
+        )
+
+
+# --- relations --------------------------------------------------------------------------------
+
+
+def _related(case: Case, rounds: Sequence[Round]) -> Iterator[Finding]:
+    relation = RELATIONS[case.relation]
+    shown = [[answer.observation for answer in answers] for answers in rounds]
+    truth = rounds[0][0].scenario.truth()
+    contract = _in_any_order(rounds[0][0].contract)
+    for statement in relation.holds(case, shown[0], shown[1:]):
+        if not isinstance(statement, Mapped):
+            yield Finding(statement.stage, 0, None, None, statement.message, relation=relation.name)
+            continue
+        for finding in _outside(statement.rows_TH, truth, contract):
+            yield replace(
+                finding,
+                message=f"{relation.says}, yet {finding.message}",
+                relation=relation.name,
+            )
+
+
+def _outside(rows_TH: Tensor, truth: Truth, contract: RoundingContract) -> list[Finding]:
+    """What is wrong with a changed case's outputs as answers to the unchanged one."""
+    observations = [RankObservation(rows) for rows in rows_TH.split(truth.tokens_by_rank)]
+    return judge(observations, truth, contract).findings
+
+
+def _in_any_order(contract: RoundingContract) -> RoundingContract:
+    """The contract without its promise on the order of ranks, which a change may alter."""
+    if contract.wire is Wire.RANK_ORDER:
+        return replace(contract, wire=Wire.ANY_ORDER)
+    return contract

@@ -1,0 +1,51 @@
+"""Every path at the widths of published models, inside its envelope."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.gpu.conftest import PATHS
+from tests.gpu.widths import TOKENS, DrawnWeights, geometry, hidden, observe
+from twinmoe.optimized.experts import backend_report
+from twinmoe.oracle import Truth, judge
+from twinmoe.oracle.contracts import graphed_contract
+from twinmoe.oracle.world import World
+
+SIZES = [size for size in TOKENS if size <= torch.cuda.device_count()]
+LAYERS = [
+    (model, dtype) for model in ("qwen3-30b-a3b", "deepseek-v3") for dtype in ("bf16", "fp16")
+]
+
+
+@pytest.fixture(scope="module", params=SIZES or [1])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """As many GPUs as the parameter says, in one group."""
+    with World(request.param, "cuda", timeout_s=120) as world:
+        yield world
+
+
+@pytest.mark.parametrize("transport", ["p2p", "nccl"])
+@pytest.mark.parametrize(("model", "dtype"), LAYERS)
+def test_published_widths_stay_inside_the_envelope(
+    world: World, model: str, dtype: str, transport: str
+) -> None:
+    """Eager, captured and replayed, with every expert backend that runs there."""
+    config = geometry(model, dtype)
+    device = torch.device("cuda", 0)
+    batches = [hidden(config, world.size, rank) for rank in range(world.size)]
+    truth = Truth(config, DrawnWeights(config, device), batches)
+    usable = [name for name, reason in backend_report(config, device).items() if reason is None]
+    failed = []
+    for backend in usable:
+        for mode in ("eager", "graphed", "replayed"):
+            contract = graphed_contract(config, backend, transport, torch.float32)
+            seen = world.run(observe, model, dtype, (transport, mode, backend))
+            verdict = judge(seen, truth, contract)
+            moved = {name for ran in seen for name in ran.launches if "[" in name}
+            label = "local" if (transport, world.size) == ("nccl", 1) else transport
+            assert moved == {f"all_gather[{label}]", f"reduce_scatter[{label}]"}
+            PATHS.append((model, world.size, dtype, transport, backend, mode, verdict))
+            if not verdict.equivalent:
+                failed.append(f"{transport} {backend} {mode}: {verdict}")
+    assert not failed, "\n".join(failed)
