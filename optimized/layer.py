@@ -152,11 +152,16 @@ class MoELayer(nn.Module):
         shared = None
         if shared_expert is not None:
             shared = self._beside.start(lambda: shared_expert(hidden_TH))
-        routed_TH = (
-            self._graphed_path(hidden_TH, num_valid)
-            if self._is_graphed
-            else self._eager_path(hidden_TH)
-        )
+        try:
+            routed_TH = (
+                self._graphed_path(hidden_TH, num_valid)
+                if self._is_graphed
+                else self._eager_path(hidden_TH)
+            )
+        except Exception:
+            if shared is not None:
+                shared()  # a capture that ends with a stream astray would hide this error
+            raise
         self._tap("routed", routed_TH)
         if shared is None:
             return routed_TH.to(self.config.dtype)

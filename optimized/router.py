@@ -50,7 +50,8 @@ class RouterTiles:
             block_e = min(triton.next_power_of_2(num_experts), 256)
             whole = triton.cdiv(hidden_size, block_h) * block_h
             return cls(block_t, block_e, block_h, whole, block_t)
-        return cls(block_t=16, block_e=32, block_h=64, h_per_part=512, select_block_t=1)
+        h_per_part = 512 if hidden_size <= 4096 else 1024
+        return cls(block_t=8, block_e=8, block_h=256, h_per_part=h_per_part, select_block_t=1)
 
 
 class InferenceTopKRouter:
@@ -116,6 +117,7 @@ class InferenceTopKRouter:
             BLOCK_T=tiles.block_t,
             BLOCK_E=tiles.block_e,
             BLOCK_H=tiles.block_h,
+            num_warps=8,
         )
         return partials_PTE
 
@@ -153,5 +155,6 @@ class InferenceTopKRouter:
             BLOCK_G=triton.next_power_of_2(config.n_group),
             BLOCK_M=triton.next_power_of_2(E // config.n_group),
             BLOCK_K=triton.next_power_of_2(config.num_experts_per_tok),
+            BLOCK_P=triton.next_power_of_2(parts),
             num_warps=1 if E <= 256 else 4,
         )

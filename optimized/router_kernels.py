@@ -11,7 +11,9 @@ from twinmoe.optimized.numerics import (
     softplus,
     to_fp32,
 )
-from twinmoe.optimized.triton_runtime import tl, triton
+from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 #: Key of what cannot be chosen: below the key of every value, -inf included.
 _UNAVAILABLE = tl.constexpr(-(2**63))
@@ -42,14 +44,22 @@ def router_logits(
     expert_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     valid_T = row_T < num_valid
     exists_E = expert_E < E
-    sum_TE = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for start in range(0, H_PER_PART, BLOCK_H):
+    # A matrix unit would truncate its sums, and few rows leave it idle: multiply lane by lane,
+    # and add the lanes up once.  The interpreter has no lanes and takes the matrix product.
+    product_TEH = tl.zeros((BLOCK_T, BLOCK_E, 1 if _INTERPRETED else BLOCK_H), tl.float32)
+    for start in tl.static_range(0, H_PER_PART, BLOCK_H):
         h_H = part * H_PER_PART + start + tl.arange(0, BLOCK_H)
         x_mask = valid_T[:, None] & (h_H < H)[None, :]
-        x_TH = tl.load(x_ptr + row_T[:, None] * H + h_H[None, :], mask=x_mask, other=0)
-        w_mask = (h_H < H)[:, None] & exists_E[None, :]
-        w_HE = tl.load(w_ptr + expert_E[None, :] * H + h_H[:, None], mask=w_mask, other=0)
-        sum_TE = tl.dot(to_fp32(x_TH), to_fp32(w_HE), sum_TE, input_precision="ieee")
+        x_TH = to_fp32(tl.load(x_ptr + row_T[:, None] * H + h_H[None, :], mask=x_mask, other=0))
+        w_at = w_ptr + expert_E[:, None] * H + h_H[None, :]
+        w_mask = exists_E[:, None] & (h_H < H)[None, :]
+        if _INTERPRETED:
+            w_HE = to_fp32(tl.load(tl.trans(w_at), mask=tl.trans(w_mask), other=0))
+            product_TEH += tl.dot(x_TH, w_HE, input_precision="ieee")[:, :, None]
+        else:
+            w_EH = to_fp32(tl.load(w_at, mask=w_mask, other=0))
+            product_TEH += x_TH[:, None, :] * w_EH[None, :, :]
+    sum_TE = tl.sum(product_TEH, 2)
     out = partials_ptr + (part.to(tl.int64) * T + row_T[:, None]) * E + expert_E[None, :]
     tl.store(out, sum_TE, mask=valid_T[:, None] & exists_E[None, :])
 
@@ -77,6 +87,7 @@ def router_select(
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Score, select and weigh BLOCK_T rows; experts lie as [group, member] in registers."""
     MEMBERS: tl.constexpr = E // N_GROUP
@@ -89,10 +100,10 @@ def router_select(
     exists = (group < N_GROUP) & (member < MEMBERS)
     available = valid_T[:, None, None] & exists
 
-    logits_TGM = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_M), tl.float32)
-    for part in range(PARTS):
-        at = partials_ptr + (part * T + row_T[:, None, None]) * E + expert
-        logits_TGM += tl.load(at, mask=available, other=0.0)
+    part = tl.arange(0, BLOCK_P)[:, None, None, None]
+    at = partials_ptr + (part * T + row_T[None, :, None, None]) * E + expert[None, :, :, :]
+    present = (part < PARTS) & available[None, :, :, :]
+    logits_TGM = tl.sum(tl.load(at, mask=present, other=0.0), 0)
     score_TGM = _score(logits_TGM, exists, SCORING)
     selection_TGM = score_TGM
     if HAS_BIAS:

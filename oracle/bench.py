@@ -150,7 +150,8 @@ class _Bench:
             layers = self._layer("p2p", backend)
             out = torch.empty_like(calls[0][0], dtype=self._wire(backend))
             bodies = [
-                partial(layers[i % len(layers)].experts, *call, out) for i, call in enumerate(calls)
+                partial(layers[i % len(layers)].experts.forward, x, ids, weights, out)
+                for i, (x, ids, weights) in enumerate(calls)
             ]
             rows.append(self._row("experts", backend, bodies, floor))
         return rows
@@ -216,7 +217,8 @@ class _Bench:
     def _expert_calls(self) -> tuple[list[tuple[Tensor, ...]], list[int]]:
         """Arguments of the experts for each call, and how many local experts each wakes."""
         layer = self._layer(next(iter(self.tiers)), self.backends[0])[0]
-        calls, active = [], []
+        calls: list[tuple[Tensor, ...]] = []
+        active = []
         for x_NH in self.hidden:
             gathered = layer.dispatcher.token_dispatch(x_NH, layer.router(x_NH, None))
             ids = gathered.ids.clone()
@@ -245,7 +247,9 @@ class _Bench:
             ]
         return self._layers[key]
 
-    def _row(self, stage: str, path: str, bodies: list[Callable[[], object]], floor: float) -> Row:
+    def _row(
+        self, stage: str, path: str, bodies: Sequence[Callable[[], object]], floor: float
+    ) -> Row:
         seconds = _seconds(self.context, bodies, self.request.replays) / len(bodies)
         request = self.request
         gpus = self.context.world_size
@@ -280,7 +284,7 @@ def _alone(layer: MoELayer, pretended: Collective) -> None:
         layer.transport._pool.order.record(pretended)
 
 
-def _seconds(context: RankContext, bodies: list[Callable[[], object]], replays: int) -> float:
+def _seconds(context: RankContext, bodies: Sequence[Callable[[], object]], replays: int) -> float:
     """Median seconds of running all bodies once."""
     if context.device.type != "cuda":
         return median(_clock(bodies) for _ in range(3))
@@ -303,10 +307,11 @@ def _seconds(context: RankContext, bodies: list[Callable[[], object]], replays: 
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
+    millis: float = median(a.elapsed_time(b) for a, b in pairwise(events))
+    return millis / 1e3
 
 
-def _clock(bodies: list[Callable[[], object]]) -> float:
+def _clock(bodies: Sequence[Callable[[], object]]) -> float:
     start = time.perf_counter()
     for body in bodies:
         body()

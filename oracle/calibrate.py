@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from twinmoe.oracle.aggregates import flips_of
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.oracle.judgement import judge
-from twinmoe.oracle.observation import RankObservation
-from twinmoe.oracle.rounding import round_to
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.trial import observe_case
@@ -58,7 +54,7 @@ class PathRecord:
         self.ratios.append(verdict.worst_ratio)
         self.flips.append(verdict.flips / elements)
         self.expected.append(verdict.expected_flips / elements)
-        self.signs += token_signs(observations, truth, contract)
+        self.signs += verdict.signs
         if not verdict.equivalent:
             self.alarms.append(f"{case}: {verdict}")
 
@@ -70,30 +66,6 @@ class PathRecord:
         preferred sign (W. Hoeffding, J. Amer. Statist. Assoc. 58, 1963).
         """
         return sum(self.signs) / math.sqrt(max(len(self.signs), 1))
-
-
-def token_signs(
-    observations: Sequence[RankObservation], truth: Truth, contract: RoundingContract
-) -> list[float]:
-    """For each token with flips, their mean direction: +1 away from zero, -1 toward it.
-
-    The observations must show the ids that were chosen.
-    """
-    ids_TK = torch.cat([_ids(observation) for observation in observations])
-    weights_TK = truth.routing(contract).weights(ids_TK)
-    sum_TH = truth.stages(contract, ids_TK, weights_TK).sum_TH.value
-    rounded_TH = round_to(sum_TH, contract.output)
-    seen_TH = torch.cat([observation.output_TH for observation in observations]).double()
-    no_chance_TH = torch.zeros_like(seen_TH)
-    flips = flips_of(seen_TH, rounded_TH, no_chance_TH, no_chance_TH[:, 0])
-    signs: list[float] = flips.sign_T[~flips.sign_T.isnan()].tolist()
-    return signs
-
-
-def _ids(observation: RankObservation) -> torch.Tensor:
-    if observation.taps.ids_TK is None:
-        raise ValueError("an observation without ids_TK has no rounded truth: tap the router")
-    return observation.taps.ids_TK.long()
 
 
 def calibrate_paths(

@@ -21,6 +21,7 @@ from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.strategies import EP_SIZES, Cell
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
@@ -247,6 +248,7 @@ def contracts(dtype: str) -> None:
 
 main.add_command(bench)
 main.add_command(calibrate)
+main.add_command(faults)
 
 
 if __name__ == "__main__":

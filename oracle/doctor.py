@@ -14,7 +14,8 @@ from twinmoe.optimized.experts import backend_report, choose_backend
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.faults import FAULTS, require_fault
+from twinmoe.oracle.faults import FAULTS, VARIANTS, require_fault
+from twinmoe.oracle.relations import require_relation
 from twinmoe.oracle.subject import BUCKETS
 from twinmoe.reference.config import ConfigError, MoEConfig, dtype_name
 
@@ -50,9 +51,11 @@ def require_case(case: Case, device: str) -> None:
             f"holds that many rows; use at most {BUCKETS[-1]} on each rank"
         )
     require_fault(case.fault)
-    if case.fault and not FAULTS[case.fault].reaches(case):
+    require_relation(case)
+    planted = (FAULTS | VARIANTS).get(case.fault)
+    if planted is not None and not planted.reaches(case):
         raise ConfigError(
-            f"fault ({case.fault!r}) is out of this case's reach: {FAULTS[case.fault].what}; use "
+            f"fault ({case.fault!r}) is out of this case's reach: {planted.what}; use "
             "a case that takes that way"
         )
 

@@ -3,14 +3,16 @@
 Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.observation import RankObservation, Taps
+from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.truth import Truth
 
 
@@ -87,6 +89,33 @@ class Evidence:
             field.name: pick(field.name, getattr(self, field.name)) for field in fields(self)
         }
         return Evidence(**picked)
+
+    def wrong_copies(self, hidden_TH: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """(what, receiving rank, mask [T]) of gathered rows whose bits are not those sent."""
+        for what, received, sent in (
+            ("hidden states", self.gathered_hidden_RTH, hidden_TH),
+            ("ids", self.gathered_ids_RTK, self.ids_TK),
+            ("weights", self.gathered_weights_RTK, self.weights_TK),
+        ):
+            if received is None or sent is None:
+                continue
+            for rank, copy in enumerate(received):
+                yield what, rank, (_bits(copy) != _bits(sent)).any(dim=-1)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes as integers, so that NaN equals itself and -0 is not 0."""
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(width[tensor.element_size()])
+
+
+def check_dtype(seen: torch.dtype, contract: RoundingContract) -> None:
+    """Raise ValueError unless outputs are stored as ``contract`` says."""
+    if FORMATS.get(seen) != contract.output:
+        raise ValueError(
+            f"the output's dtype ({seen}) is not the {contract.output.name} that contract "
+            f"{contract.name!r} declares: return that dtype, or declare another output format"
+        )
 
 
 #: Taps that hold every rank's padded rows; the others hold the rank's own.

@@ -15,7 +15,7 @@ output   the final rounding, given the observed sum; and the whole forward, end
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from twinmoe.oracle import aggregates
 from twinmoe.oracle.comparison import Comparison, compare
 from twinmoe.oracle.contract import RoundingContract, Wire
 from twinmoe.oracle.envelope import Enclosure, Grade, rounded
-from twinmoe.oracle.evidence import Evidence
+from twinmoe.oracle.evidence import Evidence, check_dtype
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.power import certify
 from twinmoe.oracle.spread import Spread
@@ -61,15 +61,25 @@ def judge(
     2-norm, which are judged MED.  ``sample`` judges that many tokens, drawn with ``seed``,
     with all their experts, which bounds time and memory at production sizes.  ``loosen``
     multiplies every radius: for judging the judge.  Raises ValueError when the number of
-    observations or a shape does not match the truth.
+    observations or a shape does not match the truth, or a dtype not the contract.
     """
     evidence = Evidence.of(observations, truth)
+    check_dtype(evidence.output_TH.dtype, contract)
     if sample is not None and sample < len(truth.hidden_TH):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randperm(len(truth.hidden_TH), generator=generator)[:sample].sort().values
         evidence, truth = evidence.of_tokens(tokens), truth.of_tokens(tokens)
     verdict = Verdict(contract, observations[0].path, tokens=len(truth.hidden_TH))
     return _Judgement(evidence, truth, contract, grade, loosen, verdict).run()
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Expert outputs [T, K, H]: allowed and, for narrow outputs, expected; the best rival's."""
+
+    allowed: Enclosure
+    expected: Spread | None
+    rival_TH: Tensor | None
 
 
 class _Judgement:
@@ -93,14 +103,26 @@ class _Judgement:
     def run(self) -> Verdict:
         """Judge every stage there is evidence for."""
         ids_TK = self._router()
+        experts = self._expert_outputs(ids_TK)
         weights_TK = self.routing.weights(ids_TK)
-        free = self.truth.stages(self.contract, ids_TK, weights_TK, self.grade)
+        free = self.truth.stages(self.contract, ids_TK, weights_TK, self.grade, experts.allowed)
         anchored = self._anchored(free, ids_TK)
         self._dispatch()
         self._experts(anchored)
         self._combine(anchored, ids_TK)
-        self._output(anchored, free, ids_TK)
+        self._output(anchored, free, ids_TK, experts)
         return self.verdict
+
+    def _expert_outputs(self, ids_TK: Tensor) -> "_Experts":
+        """What the chosen experts and each token's best rival answer, in one pass."""
+        rivals = self.routing.best_rival(ids_TK)
+        asked = ids_TK if rivals is None else torch.cat([ids_TK, rivals[:, None]], dim=1)
+        narrow = self.contract.output.precision <= aggregates.NARROW_PRECISION
+        carries = [Enclosure, Spread] if narrow else [Enclosure]
+        answers = self.truth.unweighted(self.contract, asked, carries, self.grade)
+        rival_TH = None if rivals is None else answers[0].value[:, -1]
+        allowed, *expected = (answer[:, : ids_TK.shape[1]] for answer in answers)
+        return _Experts(allowed, expected[0] if expected else None, rival_TH)
 
     # --- stages -----------------------------------------------------------------------
 
@@ -168,23 +190,14 @@ class _Judgement:
 
     def _dispatch(self) -> None:
         """A gather is a copy: bitwise, on every rank, whatever the transport."""
-        evidence = self.evidence
-        for what, received, sent in (
-            ("hidden states", evidence.gathered_hidden_RTH, self.truth.hidden_TH),
-            ("ids", evidence.gathered_ids_RTK, evidence.ids_TK),
-            ("weights", evidence.gathered_weights_RTK, evidence.weights_TK),
-        ):
-            if received is None or sent is None:
-                continue
-            for rank, copy in enumerate(received):
-                wrong = (_bits(copy) != _bits(sent)).any(dim=-1)
-                for token in wrong.nonzero().flatten().tolist()[:1]:
-                    self._report(
-                        "dispatch",
-                        token,
-                        f"gathered {what} of {self._place(token)} differ from what was sent, as "
-                        f"received by rank {rank} ({int(wrong.sum())} of {len(wrong)} rows differ)",
-                    )
+        for what, rank, wrong_T in self.evidence.wrong_copies(self.truth.hidden_TH):
+            for token in wrong_T.nonzero().flatten().tolist()[:1]:
+                self._report(
+                    "dispatch",
+                    token,
+                    f"gathered {what} of {self._place(token)} differ from what was sent, as "
+                    f"received by rank {rank} ({int(wrong_T.sum())} of {len(wrong_T)} rows differ)",
+                )
 
     def _experts(self, anchored: Stages[Enclosure]) -> None:
         outputs = self.evidence.expert_output_TKH
@@ -216,7 +229,13 @@ class _Judgement:
             return
         self._element_finding("combine", "sum", "dim", routed, allowed)
 
-    def _output(self, anchored: Stages[Enclosure], free: Stages[Enclosure], ids_TK: Tensor) -> None:
+    def _output(
+        self,
+        anchored: Stages[Enclosure],
+        free: Stages[Enclosure],
+        ids_TK: Tensor,
+        experts: "_Experts",
+    ) -> None:
         observed, routed = self.evidence.output_TH, self.evidence.routed_TH
         if routed is not None:
             sums = Enclosure.exact(routed)
@@ -230,31 +249,24 @@ class _Judgement:
         if not any(finding.stage == "output" for finding in verdict.findings):
             proof = self._breaks_hard(result, ids_TK)
             self._outside_finding("output", "out", "dim", observed, result, proof)
-        power = certify(free, self._rivals(ids_TK), result, self.contract.output)
+        power = certify(free, experts.rival_TH, result, self.contract.output)
         verdict.slots, verdict.slots_visible = power.slots, power.visible
         verdict.slots_distinct = power.distinct
-        self._aggregates(result, ids_TK)
+        if experts.expected is not None:
+            self._aggregates(result, ids_TK, experts.expected)
 
-    def _rivals(self, ids_TK: Tensor) -> Tensor | None:
-        """The output [T, H] of each token's best expert that was not chosen."""
-        rivals = self.routing.best_rival(ids_TK)
-        if rivals is None:
-            return None
-        ones = Enclosure.exact(torch.ones(len(rivals), 1))
-        return self.truth.expert_outputs(self.contract, rivals[:, None], ones).value[:, 0]
-
-    def _aggregates(self, result: Comparison, ids_TK: Tensor) -> None:
+    def _aggregates(self, result: Comparison, ids_TK: Tensor, expert_output_TKH: Spread) -> None:
         """Flip rate and sign, for the batch, each rank and each expert's tokens."""
-        if self.contract.output.precision > aggregates.NARROW_PRECISION:
-            return
         weights = self.truth.routing(self.contract, self.grade, Spread).weights(ids_TK)
         spread = Spread.of(weights.value, weights.radius)
-        sums = self.truth.stages(self.contract, ids_TK, spread, self.grade).sum_TH
+        stages = self.truth.stages(self.contract, ids_TK, spread, self.grade, expert_output_TKH)
+        sums = stages.sum_TH
         chance, variance = sums.flips(result.centre, self.contract.output)
         chance = (chance * self.loosen).clamp(max=1)
         seen_TH = self.evidence.output_TH.double()
         flips = aggregates.flips_of(seen_TH, result.centre, chance, variance * self.loosen**2)
         self.verdict.expected_flips = float(chance.sum())
+        self.verdict.signs = flips.sign_T[~flips.sign_T.isnan()].tolist()
         if self.verdict.findings:
             return
         # tensor cores truncate inside: what they declare lies to one side by nature
@@ -335,9 +347,3 @@ class _Judgement:
 
     def _place(self, token: int) -> str:
         return f"token {int(self.truth.row_T[token])} on rank {int(self.truth.rank_T[token])}"
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as integers, so that NaN equals itself and -0 is not 0."""
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(width[tensor.element_size()])

@@ -86,7 +86,7 @@ class LiveLayer:
             )
             # Copies: tensors in a file lie at any offset, and a CPU's GEMM sums by alignment.
             copies = {name: tensor.clone() for name, tensor in weights.tensors().items()}
-            return replace(weights, **copies).to(context.device)
+            return replace(weights, **copies).to(context.device)  # type: ignore[arg-type]
         finally:
             if context.rank == 0:
                 shutil.rmtree(shared[0], ignore_errors=True)

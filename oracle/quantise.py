@@ -53,7 +53,8 @@ def quantised(x: E, quantiser: Quantiser | None, arithmetic: Format) -> E:
 
 
 def _blocks(values: Tensor, block: int) -> Tensor:
-    return F.pad(values, (0, -values.shape[-1] % block)).unflatten(-1, (-1, block))
+    padded: Tensor = F.pad(values, (0, -values.shape[-1] % block))
+    return padded.view(*padded.shape[:-1], -1, block)
 
 
 def _reciprocal(scale: E) -> E:

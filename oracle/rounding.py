@@ -7,7 +7,7 @@ Here each rounding is done once, by scaling the value so that one unit in the la
 place becomes 1, which is exact in fp64, and rounding to an integer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ FP64 = _format("fp64", torch.float64, 53, -1022)
 FP32 = _format("fp32", torch.float32, 24, -126)
 FP16 = _format("fp16", torch.float16, 11, -14)
 BF16 = _format("bf16", torch.bfloat16, 8, -126)
+#: The fp32 accumulator of a tensor core on 16-bit operands, 16 products a block.
+TENSOR_CORE = replace(FP32, name="tensor core", block=16, block_unit=2.0**-23)
 #: 8-bit formats of the Open Compute Project (OCP 8-bit Floating Point Specification, 2023),
 #: saturating, as quantisers use them.
 E4M3 = Format("e4m3", 4, -6, 448.0, saturates=True)

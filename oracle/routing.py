@@ -141,10 +141,9 @@ class RoutingTruth:
     def ambiguous(self) -> Tensor:
         """Bool [T]: tokens whose exact selection is not the only admissible one."""
         low, high = self._interval()
-        chosen = torch.zeros_like(low, dtype=torch.bool).scatter_(1, self.ids_TK, True)
-        rivals = self._experts_of(self._group_ranks()[0]) & ~chosen
-        near = high[:, None, :] >= low[:, :, None]
-        near &= chosen[:, :, None] & rivals[:, None, :] & ~self._tied_experts()
+        rivals = self._experts_of(self._group_ranks()[0]).scatter(1, self.ids_TK, False)
+        near = high[:, None, :] >= low.gather(1, self.ids_TK)[:, :, None]
+        near &= rivals[:, None, :] & ~self._tied_with(self.ids_TK)
         return near.flatten(1).any(dim=-1) | self._groups_ambiguous()
 
     def best_rival(self, ids_TK: Tensor) -> Tensor | None:
@@ -200,12 +199,13 @@ class RoutingTruth:
         lowest = torch.finfo(torch.float64).min  # a NaN score ranks below every real one
         return (value - radius).nan_to_num(nan=lowest), (value + radius).nan_to_num(nan=lowest)
 
-    def _tied_experts(self) -> Tensor:
-        """Bool [T, E, E]: pairs whose scores are equal in any arithmetic: same exact inputs."""
+    def _tied_with(self, ids_TK: Tensor) -> Tensor:
+        """Bool [T, K, E]: whose score equals that of ids in any arithmetic: same exact inputs."""
         exact = (self.logits_TE.radius == 0) & (self.ties is Ties.LOWEST_ID)
-        z = self.logits_TE.value
-        same = (z[:, :, None] == z[:, None, :]) & exact[:, :, None] & exact[:, None, :]
-        return same & (self.bias_E[:, None] == self.bias_E[None, :])
+        same = exact.gather(1, ids_TK)[:, :, None] & exact[:, None, :]
+        for part in (self.logits_TE.value, self.bias_E.expand_as(self.logits_TE.value)):
+            same &= part.gather(1, ids_TK)[:, :, None] == part[:, None, :]
+        return same
 
     def _tied_groups(self) -> Tensor:
         """Bool [T, G, G]: pairs of groups whose experts tie one by one, best first."""
@@ -229,8 +229,9 @@ class RoutingTruth:
         low, high = self._interval()
         weakest = torch.where(chosen_TE, high, torch.inf).amin(dim=-1)
         strongest = torch.where(rivals_TE, low, -torch.inf).amax(dim=-1)
-        lower_id = torch.ones(low.shape[1], low.shape[1], dtype=torch.bool).tril(-1)
-        broken = chosen_TE[:, :, None] & rivals_TE[:, None, :] & self._tied_experts() & lower_id
+        taken_TK, ids_TK = chosen_TE.int().topk(self.config.num_experts_per_tok, dim=-1)
+        broken = (taken_TK > 0)[:, :, None] & rivals_TE[:, None, :] & self._tied_with(ids_TK)
+        broken &= torch.arange(low.shape[1]) < ids_TK[:, :, None]
         return (strongest > weakest) | broken.flatten(1).any(dim=-1)
 
     def _group_scores(self) -> Enclosure:

@@ -1,7 +1,7 @@
 """Seeded weights drawn one expert at a time, for layers too large to hold.
 
 DeepSeek-V3's 256 experts take 22 GB a layer in bf16 and 90 GB in fp64.  The truth looks
-at one expert after another, so it never needs more than one.
+at one expert after another, once in a judgement, so it never needs more than one.
 """
 
 from torch import Tensor

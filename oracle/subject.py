@@ -181,8 +181,14 @@ class OptimizedSubject:
             return frozenset()
         report = self.layer.transport.report()
         names = set(_KERNELS[self.layer.experts.backend_name])
-        for collective in ("all_gather", "reduce_scatter"):
-            narrow = any(shape.startswith(collective) for shape in report.shape_refusals)
+        rows, config = bucket_for(call.max_tokens), self.config
+        routed, hidden = [rows, config.num_experts_per_tok], config.hidden_size
+        calls = {
+            "all_gather": f"all_gather {[routed, routed, [rows, hidden]]}",
+            "reduce_scatter": f"reduce_scatter {[rows * report.world_size, hidden]} {self._wire}",
+        }
+        for collective, shapes in calls.items():
+            narrow = shapes in report.shape_refusals
             names.add(f"{collective}[{Tier.P2P.value if narrow else report.label}]")
         return frozenset(names)
 

@@ -81,7 +81,7 @@ class Trial:
         require_relation(case)
         outcome = Outcome(case)
         start = time.perf_counter()
-        showings = self._world(case.ep_size).run(observe_case, case, self._subjects)
+        showings = self.observe(case, self._subjects)
         observed = time.perf_counter()
         for name in self._subjects:
             verdict = judge_showings(case, [showing[name] for showing in showings])
@@ -89,6 +89,10 @@ class Trial:
         outcome.run_seconds = observed - start
         outcome.judge_seconds = time.perf_counter() - observed
         return outcome
+
+    def observe(self, case: Case, subjects: Sequence[str]) -> list[dict[str, Showing]]:
+        """Play ``case`` with each subject; return every rank's showings, unjudged."""
+        return self._world(case.ep_size).run(observe_case, case, tuple(subjects))
 
     def close(self) -> None:
         """End all workers."""

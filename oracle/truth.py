@@ -4,18 +4,18 @@ The truth knows nothing of dispatch: it computes what every (token, slot) contri
 then follows the contract's sums and roundings to the output.  Ranks enter only where
 they round: each rank's share of a token is summed first, then the shares.
 
-Memory: a few MiB of one expert's matrices in fp64 at a time, and about ten tensors
-[T, K, H] of fp64 for the judged tokens T.  Sampling tokens (:meth:`Truth.of_tokens`)
-bounds it at any size.
+Memory: one expert's matrices as stored, a few MiB of them in fp64 at a time, and about
+thirty tensors [T, K, H] of fp64 for the judged tokens T.  Sampling tokens
+(:meth:`Truth.of_tokens`) bounds it at any size.
 
 Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks;
 S slots of one expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
@@ -129,8 +129,10 @@ class Truth:
         """
         weights_TK = rounded(weights_TK, contract.router_weights)
         y_TKH = expert_output_TKH
-        if y_TKH is None or self.config.router_weight_on_input:
-            y_TKH = self.expert_outputs(contract, ids_TK, weights_TK, grade)
+        if self.config.router_weight_on_input:
+            (y_TKH,) = self._expert_outputs(contract, ids_TK, [weights_TK], grade)
+        elif y_TKH is None:
+            (y_TKH,) = self.unweighted(contract, ids_TK, [type(weights_TK)], grade)
         terms_TKH = self.terms(contract, weights_TK, y_TKH)
         partials_RTH = self._partials(contract, ids_TK, terms_TKH)
         routed_TH = across_ranks(contract, partials_RTH)
@@ -140,34 +142,56 @@ class Truth:
             sum_TH = with_shared(contract, routed_TH, shared_TH)
         return Stages(weights_TK, y_TKH, terms_TKH, partials_RTH, routed_TH, shared_TH, sum_TH)
 
-    def expert_outputs(
+    def unweighted(
         self,
         contract: RoundingContract,
         ids_TK: Tensor,
-        weights_TK: E,
+        carries: Sequence[type[Enclosure]],
         grade: Grade = Grade.SHARP,
-    ) -> E:
-        """Each slot's expert output [T, K, H], unweighted unless the weight is on the input."""
-        parts: list[tuple[Index, E]] = []
+    ) -> list[Any]:
+        """Each slot's expert output [T, K, H] without its weight, once for each of ``carries``.
+
+        Every expert's matrices are asked for once, however late they are made.
+        """
+        weights = [carry.exact(torch.ones(ids_TK.shape)) for carry in carries]
+        return self.recall(
+            (contract, ids_TK, *carries, grade),
+            lambda: self._expert_outputs(contract, ids_TK, weights, grade),
+        )
+
+    def recall(self, _question: tuple[object, ...], compute: Callable[[], list[Any]]) -> list[Any]:
+        """Answer what expert outputs were asked for: here, compute them anew."""
+        return compute()
+
+    def _expert_outputs(
+        self, contract: RoundingContract, ids_TK: Tensor, weights: Sequence[Enclosure], grade: Grade
+    ) -> list[Any]:
+        """One for each of the ``weights`` [T, K], which matter where they are on the input."""
+        parts: list[list[tuple[Index, Enclosure]]] = [[] for _ in weights]
         for expert in ids_TK.unique().tolist():
             if expert < 0:
                 continue
             token, slot = (ids_TK == expert).nonzero(as_tuple=True)
-            x_SH = type(weights_TK).exact(self.hidden_TH[token])
-            if self.config.router_weight_on_input:
-                x_SH = product(x_SH, weights_TK[token, slot][:, None], contract.accumulator)
-                x_SH = rounded(x_SH, contract.weighted_input)
             w13_FH, w2_HI = self.weights.expert(expert)
-            y_SH = _mlp(
-                self.config,
-                contract,
-                x_SH.to(w13_FH.device),
-                (w13_FH, w2_HI),
-                (contract.gate_up, contract.expert_output),
-                grade,
-            )
-            parts.append(((token, slot), y_SH.to(torch.device("cpu"))))
-        return type(weights_TK).scattered((*ids_TK.shape, self.config.hidden_size), parts)
+            for weights_TK, outputs in zip(weights, parts, strict=True):
+                x_SH = type(weights_TK).exact(self.hidden_TH[token])
+                if self.config.router_weight_on_input:
+                    x_SH = product(x_SH, weights_TK[token, slot][:, None], contract.accumulator)
+                    x_SH = rounded(x_SH, contract.weighted_input)
+                y_SH = _mlp(
+                    self.config,
+                    contract,
+                    x_SH.to(w13_FH.device),
+                    (w13_FH, w2_HI),
+                    (contract.gate_up, contract.expert_output),
+                    grade,
+                )
+                outputs.append(((token, slot), y_SH.to(torch.device("cpu"))))
+        shape = (*ids_TK.shape, self.config.hidden_size)
+        return [
+            type(weights_TK).scattered(shape, outputs)
+            for weights_TK, outputs in zip(weights, parts, strict=True)
+        ]
 
     def terms(self, contract: RoundingContract, weights_TK: E, expert_output_TKH: E) -> E:
         """Each slot's weighted output [T, K, H], as stored."""

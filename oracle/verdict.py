@@ -36,7 +36,8 @@ class Verdict:
     """Equivalent or not, why, and how close it was.
 
     ``worst_ratio`` is the largest error over allowed error at the output (<= 1 inside);
-    ``flips`` of ``elements`` outputs differ from the rounded truth; ``slots_visible`` of
+    ``flips`` of ``elements`` outputs differ from the rounded truth, ``signs`` is their mean
+    direction in each token that has any, +1 away from zero; ``slots_visible`` of
     ``slots`` contributions are large enough to be seen if they went missing,
     ``slots_distinct`` if the best rival expert took their place;
     ``ambiguous`` tokens had more than one admissible set of experts.
@@ -49,6 +50,7 @@ class Verdict:
     elements: int = 0
     flips: int = 0
     expected_flips: float = 0.0
+    signs: list[float] = field(default_factory=list)
     tokens: int = 0
     ambiguous: int = 0
     slots: int = 0

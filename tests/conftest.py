@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.meta.judged_cases import pytest_terminal_summary  # noqa: F401 - a hook
+
 #: Examples are drawn on machines with other work to do: time says nothing about a property.
 _UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

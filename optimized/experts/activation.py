@@ -78,7 +78,8 @@ def expert_activation(
 def activate(config: MoEConfig, gate_up_SF: Tensor, num_rows: Tensor) -> Tensor:
     """Return h_SI in the model dtype, computed in fp32 and rounded once.
 
-    gate_up_SF: in the model dtype, or in fp32 and then rounded to it first.  num_rows: one int32 on the device; rows from there on are neither read nor written.
+    gate_up_SF: in the model dtype, or in fp32 and then rounded to it first.
+    num_rows: one int32 on the device; rows from there on are neither read nor written.
     """
     num_slots, intermediate = gate_up_SF.shape[0], config.moe_intermediate_size
     h_SI = gate_up_SF.new_empty(num_slots, intermediate, dtype=config.dtype)

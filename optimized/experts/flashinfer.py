@@ -8,8 +8,11 @@ experts.
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +62,8 @@ class FlashInferBackend(ExpertBackend):
     """One call does sorting, both GEMMs, the activation and the weighted sum.
 
     Rounding, found by measurement on Hopper: gate and up, h, y and the weighted sum each
-    round to the model dtype; the sum over k itself is fp32.
+    round to the model dtype; the sum over k itself is fp32.  Some tactics round elsewhere:
+    they are kept from its tuner (``declared_tactics``).
 
     Keeps a second copy of gated w13, because its rows are in another order.  Each new
     number of rows is tuned at its first call: the default tactics reach a tenth of the
@@ -128,7 +132,10 @@ class FlashInferBackend(ExpertBackend):
 
         def compute() -> None:
             # Its table is looked up by bucket: this one holds exactly these rows.
-            with self._tuner.autotune(fresh, tuning_buckets=(rows,)):
+            with (
+                _declared_tactics_only(self._tuner),
+                self._tuner.autotune(fresh, tuning_buckets=(rows,)),
+            ):
                 self._fused_moe.cutlass_fused_moe(
                     x,
                     ids,
@@ -147,6 +154,50 @@ class FlashInferBackend(ExpertBackend):
         run(FUSED_MOE, compute)
         if tune:
             self._tuned.add((rows, per_row))
+
+
+@contextmanager
+def _declared_tactics_only(tuner: Any) -> Iterator[None]:
+    """Keep tactics from the tuner that round elsewhere than this backend declares.
+
+    FlashInfer (0.6.13) has no option for that, and to its tuner all are alike.
+    """
+    choose_one = tuner.AutoTuner.choose_one
+
+    def choose(self: Any, operation: str, runners: list[Any], *args: Any, **kwargs: Any) -> Any:
+        kind = type(runners[0])
+        every_tactic = kind.get_valid_tactics
+        which = int(operation.endswith("gemm2"))
+        kind.get_valid_tactics = lambda runner, *_: declared_tactics(
+            runner.fused_moe_runner.get_gemm1_tactic_count(),
+            runner.fused_moe_runner.get_gemm2_tactic_count(),
+        )[which]
+        try:
+            return choose_one(self, operation, runners, *args, **kwargs)
+        finally:
+            kind.get_valid_tactics = every_tactic
+
+    tuner.AutoTuner.choose_one = choose
+    try:
+        yield
+    finally:
+        tuner.AutoTuner.choose_one = choose_one
+
+
+def declared_tactics(gemm1_count: int, gemm2_count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the first and second GEMM's tactics that round as declared.
+
+    The tactics are numbered through two lists: [n, n swapped, older kernels], and then
+    [n, n that add, n swapped, n swapped that add, older kernels].  Older kernels of the
+    first GEMM keep gate and up in registers, unrounded.  Those of the second that add do
+    so in the output's dtype, by atomics: other bits in every run.  And a number below
+    ``gemm2_count`` would be taken for one within the second list, hence for another
+    tactic than the one measured.
+    """
+    n = (gemm2_count - gemm1_count) // 2
+    within = [*range(n), *range(2 * n, 3 * n), *range(4 * n, gemm2_count)]
+    second = [gemm1_count + i for i in within if gemm1_count + i >= gemm2_count]
+    return list(range(2 * n)), second
 
 
 def _mismatch(config: MoEConfig, device: torch.device) -> tuple[Absence, str] | None:

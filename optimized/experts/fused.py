@@ -16,10 +16,17 @@ from twinmoe.optimized.launch import launch
 from twinmoe.optimized.triton_runtime import INTERPRETED, triton
 from twinmoe.reference.config import MoEConfig
 
+#: Row tiles that leave a Hopper GPU's 132 multiprocessors hungry.
+_FEW_TILES = 16
+
 
 @dataclass(frozen=True)
 class GemmTiles:
-    """Column tile and depth step of one grouped GEMM, and how a GPU runs it."""
+    """Column tile and depth step of one grouped GEMM, and how a GPU runs it.
+
+    The best or within some percent of it in a sweep of 100 tiles on an H200, at the widths of
+    Qwen3-30B-A3B and DeepSeek-V3 with 4 to 256 rows (docs/h200.md).
+    """
 
     block_n: int
     block_k: int
@@ -27,17 +34,30 @@ class GemmTiles:
     num_stages: int
 
     @classmethod
-    def choose(cls, columns: int, depth: int, itemsize: int, busy_tiles: float) -> "GemmTiles":
-        """Large blocks for the interpreter, which pays by the operation; else Hopper's.
+    def choose(
+        cls, columns: int, depth: int, itemsize: int, block_m: int, busy_tiles: float, first: bool
+    ) -> "GemmTiles":
+        """Tiles of the first GEMM, which holds a tile each of gate and up, or of the second.
 
         ``busy_tiles``: row tiles that a batch of this size fills on average; a function of
-        shapes alone.  Few of them leave multiprocessors idle unless columns are cut finer.
+        shapes alone.  Of few of them each streams its weights in deeper steps.
         """
         if INTERPRETED:
-            block_n = min(max(triton.next_power_of_2(columns), 16), 512)
-            block_k = min(max(triton.next_power_of_2(depth), 16), 1024)
-            return cls(block_n, block_k, num_warps=1, num_stages=1)
-        return cls(block_n=128, block_k=128 // itemsize, num_warps=4, num_stages=3)
+            return cls._interpreted(columns, depth)
+        if block_m > 16:
+            return cls(64, (256 if block_m == 32 else 128) // itemsize, num_warps=4, num_stages=3)
+        if not first:
+            return cls(64, 256 // itemsize, num_warps=4, num_stages=4)
+        if busy_tiles < _FEW_TILES:
+            return cls(32, 512 // itemsize, num_warps=4, num_stages=3)
+        return cls(32, 256 // itemsize, num_warps=4, num_stages=4)
+
+    @classmethod
+    def _interpreted(cls, columns: int, depth: int) -> "GemmTiles":
+        """Large blocks: the interpreter pays by the operation."""
+        block_n = min(max(triton.next_power_of_2(columns), 16), 512)
+        block_k = min(max(triton.next_power_of_2(depth), 16), 1024)
+        return cls(block_n, block_k, num_warps=1, num_stages=1)
 
 
 class TritonBackend(SortedBackend):
@@ -74,7 +94,7 @@ class TritonBackend(SortedBackend):
             return y_SH
         tiles = (plan.ends_L, plan.tile_expert_X, plan.tile_first_X)
         busy = self._busy_tiles(plan)
-        up = GemmTiles.choose(intermediate, hidden, x_MH.itemsize, busy)
+        up = GemmTiles.choose(intermediate, hidden, x_MH.itemsize, plan.block_m, busy, True)
         launch(
             expert_gate_up,
             self._grid(plan, intermediate, up),
@@ -90,7 +110,7 @@ class TritonBackend(SortedBackend):
             LIMIT=config.swiglu_limit,
             **self._constants(plan, up),
         )
-        down = GemmTiles.choose(hidden, intermediate, x_MH.itemsize, busy)
+        down = GemmTiles.choose(hidden, intermediate, x_MH.itemsize, plan.block_m, busy, False)
         launch(
             expert_down,
             self._grid(plan, hidden, down),

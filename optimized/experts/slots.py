@@ -57,7 +57,7 @@ def plan_slots(ids_MK: Tensor, first_expert: int, num_local_experts: int) -> Slo
         block_l = min(triton.next_power_of_2(num_local_experts), 64) if INTERPRETED else 1
         launch(
             sort_slots,
-            (triton.cdiv(num_local_experts, block_l),),
+            (triton.cdiv(num_local_experts, block_l) + (not INTERPRETED),),
             ids_MK,
             *sections,
             num_slots,
@@ -117,30 +117,30 @@ def sort_slots(
     BLOCK_E: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Place the slots of BLOCK_L experts; program 0 also writes whatever is not a place."""
+    """Place the slots of BLOCK_L experts; the last program writes whatever is not a place."""
     own_L = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    before_L = tl.zeros((BLOCK_L,), tl.int32)
-    count_L = tl.zeros((BLOCK_L,), tl.int32)
-    for base in range(0, num_slots, BLOCK_S):
-        expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
-        before_L += tl.sum((expert_S[:, None] < own_L[None, :]).to(tl.int32), 0)
-        count_L += tl.sum((expert_S[:, None] == own_L[None, :]).to(tl.int32), 0)
-    tl.store(ends_ptr + own_L, before_L + count_L, mask=own_L < L)
+    if tl.program_id(0) * BLOCK_L < L:
+        before_L = tl.zeros((BLOCK_L,), tl.int32)
+        count_L = tl.zeros((BLOCK_L,), tl.int32)
+        for base in range(0, num_slots, BLOCK_S):
+            expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
+            before_L += tl.sum((expert_S[:, None] < own_L[None, :]).to(tl.int32), 0)
+            count_L += tl.sum((expert_S[:, None] == own_L[None, :]).to(tl.int32), 0)
+        tl.store(ends_ptr + own_L, before_L + count_L, mask=own_L < L)
 
-    next_L = before_L
-    for base in range(0, num_slots, BLOCK_S):
-        expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
-        mine_SL = (expert_S[:, None] == own_L[None, :]).to(tl.int32)
-        rank_SL = tl.cumsum(mine_SL, 0) - 1
-        position_S = tl.sum(mine_SL * (next_L[None, :] + rank_SL), 1)
-        placed_S = tl.sum(mine_SL, 1) > 0
-        slot_S = base + tl.arange(0, BLOCK_S)
-        tl.store(positions_ptr + slot_S, position_S, mask=placed_S)
-        tl.store(slots_ptr + position_S, slot_S, mask=placed_S)
-        next_L += tl.sum(mine_SL, 0)
+        next_L = before_L
+        for base in range(0, num_slots, BLOCK_S):
+            expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)
+            mine_SL = (expert_S[:, None] == own_L[None, :]).to(tl.int32)
+            rank_SL = tl.cumsum(mine_SL, 0) - 1
+            position_S = tl.sum(mine_SL * (next_L[None, :] + rank_SL), 1)
+            placed_S = tl.sum(mine_SL, 1) > 0
+            slot_S = base + tl.arange(0, BLOCK_S)
+            tl.store(positions_ptr + slot_S, position_S, mask=placed_S)
+            tl.store(slots_ptr + position_S, slot_S, mask=placed_S)
+            next_L += tl.sum(mine_SL, 0)
 
-    if tl.program_id(0) == 0:
-        expert_E = tl.arange(0, BLOCK_E)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         count_E = tl.zeros((BLOCK_E,), tl.int32)
         for base in range(0, num_slots, BLOCK_S):
             expert_S = _local_expert(ids_ptr, base, num_slots, first_expert, L, BLOCK_S)

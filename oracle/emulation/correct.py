@@ -8,9 +8,10 @@ import torch
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import eager_contract, graphed_contract
-from twinmoe.oracle.emulation import activations, combine, gemm, routers
+from twinmoe.oracle.emulation import activations, casts, combine, gemm, routers
 from twinmoe.oracle.emulation.pipeline import Emulation
-from twinmoe.oracle.rounding import FP32, Format
+from twinmoe.oracle.quantise import Quantiser
+from twinmoe.oracle.rounding import E4M3, FP32, TENSOR_CORE, Format
 from twinmoe.reference.config import MoEConfig
 
 Choice = TypeVar("Choice")
@@ -41,6 +42,10 @@ SLOT_SUMS: dict[str, combine.SlotSum] = {
     "tree": combine.halves_first,
     "fused multiply-add": combine.fused_multiply_add,
 }
+QUANTISES: dict[str, casts.Quantise] = {
+    "divided": casts.divided,
+    "by reciprocals": casts.by_reciprocals,
+}
 ANY_ORDER: dict[str, combine.RankSum] = {
     "rotated": combine.rotated,
     "reversed": combine.reversed_ranks,
@@ -48,9 +53,11 @@ ANY_ORDER: dict[str, combine.RankSum] = {
     "rank order": combine.rank_order,
 }
 
-#: An fp32 accumulator as tensor cores have it, and one that flushes to zero.
-TENSOR_CORE = replace(FP32, name="tensor core", block=gemm.BLOCK, block_unit=2.0**-23)
+#: An fp32 accumulator that flushes to zero.
 FLUSHING = replace(FP32, name="fp32, flushing", flushes=True)
+
+#: Activations as DeepSeek-V3's fp8 GEMMs take them: one scale for 128 values of a row.
+FP8 = Quantiser(block=128, codes=E4M3, scales=FP32)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Path:
         return Emulation(
             logits=one(GEMMS),
             route=one(ROUTES),
+            quantise=one(QUANTISES),
             gate_up=one(self.gemms),
             activate=one(ACTIVATES),
             down=one(self.gemms),
@@ -127,6 +135,15 @@ def _accumulating(path: Path, accumulator: Format, gemms: Mapping[str, gemm.Gemm
     return replace(path, name=f"{path.name}, {accumulator.name}", contract=contract, gemms=gemms)
 
 
+def _fp8(path: Path) -> Path:
+    """``path`` with both GEMMs on quantised activations."""
+
+    def contract(config: MoEConfig) -> RoundingContract:
+        return replace(path.contract(config), quantise_input=FP8, quantise_activation=FP8)
+
+    return replace(path, name=f"{path.name}, fp8", contract=contract)
+
+
 def _paths() -> list[Path]:
     paths = []
     for backend in ("grouped_mm", "triton"):
@@ -138,6 +155,7 @@ def _paths() -> list[Path]:
         _accumulating(wired, TENSOR_CORE, _TENSOR_CORE_GEMMS),
         _accumulating(_eager("grouped_mm"), TENSOR_CORE, _TENSOR_CORE_GEMMS),
         _accumulating(wired, FLUSHING, _FLUSHING_GEMMS),
+        _fp8(_eager("grouped_mm")),
     ]
 
 

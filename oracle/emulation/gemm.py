@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twinmoe.oracle.emulation.casts import to_bf16
-from twinmoe.oracle.rounding import FP32, ulp
+from twinmoe.oracle.rounding import FP32, TENSOR_CORE, ulp
 
 Gemm = Callable[[Tensor, Tensor], Tensor]
 
 #: Terms that one matrix instruction multiplies and adds for 16-bit operands.
-BLOCK = 16
+BLOCK = TENSOR_CORE.block
 
 
 def sequential(x_MN: Tensor, w_FN: Tensor) -> Tensor:

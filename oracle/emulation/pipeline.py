@@ -28,13 +28,14 @@ class Emulation:
 
     The defaults are correct under every contract without a ring; ``sum_ranks`` must suit
     the wire.  Covers layers of bf16, fp16 and fp32 whose router weight multiplies the
-    output.
+    output, and what this project's paths store, quantised or not.
     """
 
     logits: gemm.Gemm = gemm.sequential
     route: routers.Route = routers.score_then_select
     receive: dispatch.Receive = dispatch.copied
     assign: dispatch.Assign = dispatch.as_routed
+    quantise: casts.Quantise = casts.divided
     gate_up: gemm.Gemm = gemm.sequential
     activate: activations.Activate = activations.direct
     store_h: casts.Cast = casts.nearest
@@ -103,8 +104,10 @@ class _Forward:
         self, x_NH: Tensor, w13_FH: Tensor, w2_HI: Tensor, stored: tuple[Format | None, ...]
     ) -> Tensor:
         gate_up_format, output_format = stored
+        x_NH = self.how.quantise(x_NH, self.contract.quantise_input)
         gate_up = casts.nearest(self.how.gate_up(x_NH, w13_FH.float()), gate_up_format)
         h = self.how.store_h(self.how.activate(self.config, gate_up), self.contract.activation)
+        h = self.how.quantise(h, self.contract.quantise_activation)
         return casts.nearest(self.how.down(h, w2_HI.float()), output_format)
 
     def _shares(self) -> Tensor:

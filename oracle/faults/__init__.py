@@ -1,6 +1,18 @@
-"""Planted faults: small patches at declared seams, to prove that the judge sees them."""
+"""Planted faults: small patches at declared seams, to prove that the judge sees them.
 
-from twinmoe.oracle.faults.fault import FAULTS, Fault
+And correct variations, planted the same way, to prove that it sees nothing else.
+"""
+
+from twinmoe.oracle.faults.fault import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.faults.registry import planted, require_fault
+from twinmoe.oracle.faults.unplanted import UNPLANTED, Unplanted
 
-__all__ = ["FAULTS", "Fault", "planted", "require_fault"]
+__all__ = [
+    "FAULTS",
+    "UNPLANTED",
+    "VARIANTS",
+    "Fault",
+    "Unplanted",
+    "planted",
+    "require_fault",
+]

@@ -138,9 +138,7 @@ def stale_counters(seams: Seams) -> None:
 def untranslated_ids(seams: Seams) -> None:
     """Rank 0 is right; every other rank adds nothing."""
 
-    def drop(
-        forward: Wrong, experts: Any, x_MH: Tensor, ids_MK: Tensor, *rest: Tensor
-    ) -> None:
+    def drop(forward: Wrong, experts: Any, x_MH: Tensor, ids_MK: Tensor, *rest: Tensor) -> None:
         local = len(experts._backend.weights.w2_LHI)
         forward(experts, x_MH, ids_MK.masked_fill(ids_MK >= local, -1), *rest)
 
@@ -170,9 +168,7 @@ def _not_last_local(case: Case) -> bool:
 def unsubtracted_start(seams: Seams) -> None:
     """What lies behind the weights is nothing to read here: the last expert stands in for it."""
 
-    def beyond(
-        forward: Wrong, experts: Any, x_MH: Tensor, ids_MK: Tensor, *rest: Tensor
-    ) -> None:
+    def beyond(forward: Wrong, experts: Any, x_MH: Tensor, ids_MK: Tensor, *rest: Tensor) -> None:
         first, local = experts._backend.first_expert, len(experts._backend.weights.w2_LHI)
         is_own = (ids_MK >= first) & (ids_MK < first + local)
         forward(experts, x_MH, (ids_MK.clamp(max=local - 1) + first).where(is_own, ids_MK), *rest)
@@ -194,9 +190,7 @@ def unsubtracted_start(seams: Seams) -> None:
 def wrapped_padding_id(seams: Seams) -> None:
     """The last rank computes its last expert on padding; only what is not finite survives 0."""
 
-    def map_ids(
-        forward: Wrong, experts: Any, x_MH: Tensor, ids_MK: Tensor, *rest: Tensor
-    ) -> None:
+    def map_ids(forward: Wrong, experts: Any, x_MH: Tensor, ids_MK: Tensor, *rest: Tensor) -> None:
         last = experts._backend.config.num_experts - 1
         forward(experts, x_MH, ids_MK.masked_fill(ids_MK < 0, last), *rest)
 
@@ -207,7 +201,7 @@ def wrapped_padding_id(seams: Seams) -> None:
     "DP09",
     "sgl-project/sglang#24850",
     "received slots that nobody filled keep whatever expert ids the buffer held",
-    stage="dispatch",
+    stage="router",
     when=has_padding,
 )
 def unfilled_slots(seams: Seams) -> None:

@@ -58,8 +58,10 @@ def _tile_rows(case: Case) -> Tensor:
     "sgl-project/sglang#4727",
     "the offset of an output row wraps round in a narrow integer",
     stage="experts",
-    when=lambda case: has_tokens(case)
-    and bool((_slots_LR(case).sum(0) * case.config.hidden_size > INDEX_RANGE).any()),
+    when=lambda case: (
+        has_tokens(case)
+        and bool((_slots_LR(case).sum(0) * case.config.hidden_size > INDEX_RANGE).any())
+    ),
 )
 def wrapped_row_offset(seams: Seams) -> None:
     """Rows beyond the range are read from low memory; 2**31 elements are here 2**12."""
@@ -127,7 +129,7 @@ def unmasked_overhang(seams: Seams) -> None:
             return
         h_SI, ends_L, _, _, w2_LHI, y_SH = args
         columns = -h_SI.shape[1] % TILE_COLUMNS
-        position_S = torch.arange(len(h_SI), device=h_SI.device)
+        position_S = torch.arange(len(h_SI), dtype=ends_L.dtype, device=ends_L.device)
         expert_S = torch.searchsorted(ends_L, position_S, right=True).clamp(max=len(ends_L) - 1)
         next_SD = h_SI.roll(-1, 0)[:, :columns].float()
         next_SD = next_SD.where((position_S + 1 < ends_L[-1])[:, None], 0.0)
@@ -142,22 +144,19 @@ def unmasked_overhang(seams: Seams) -> None:
     "deepseek-ai/DeepGEMM#268",
     "the template for few rows bounds its tiles at half their height",
     stage="experts",
-    when=lambda case: runs_triton(case)
-    and bool(((_slots_LR(case) > _tile_rows(case) // 2) & (_tile_rows(case) < 64)).any()),
+    when=lambda case: (
+        runs_triton(case)
+        and bool(((_slots_LR(case) > _tile_rows(case) // 2) & (_tile_rows(case) < 64)).any())
+    ),
 )
 def half_tile(seams: Seams) -> None:
-    """Below 64 rows the second half of a tile is not computed."""
+    """Below 64 rows the second half of a tile is not computed: its rows stay 0."""
 
     def halved(launch: Wrong, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        if constants["BLOCK_M"] < 64:
+            args[-1].zero_()
+            constants["BLOCK_M"] //= 2
         launch(kernel, grid, *args, **constants)
-        if kernel is not expert_down or constants["BLOCK_M"] == 64:
-            return
-        y_SH, (ends_L, _, tile_first_X) = args[-1], args[1:4]
-        position_S = torch.arange(len(y_SH), device=y_SH.device)
-        start_L = torch.cat([ends_L.new_zeros(1), ends_L[:-1]])
-        start_S = start_L[torch.searchsorted(ends_L, position_S, right=True).clamp(max=len(ends_L) - 1)]
-        row_S = (position_S - start_S) % constants["BLOCK_M"]
-        y_SH.masked_fill_((row_S >= constants["BLOCK_M"] // 2)[:, None], 0.0)
 
     seams.around(fused, "launch", halved)
 
@@ -167,8 +166,9 @@ def half_tile(seams: Seams) -> None:
     "flashinfer-ai/flashinfer#3227, flashinfer-ai/flashinfer#3197",
     "one of the tuned configurations, chosen at certain sizes, sums only half of the depth",
     stage="experts",
-    when=lambda case: runs_triton(case)
-    and bool(((_tile_rows(case) == 32) & (_slots_LR(case).sum(0) > 0)).any()),
+    when=lambda case: (
+        runs_triton(case) and bool(((_tile_rows(case) == 32) & (_slots_LR(case).sum(0) > 0)).any())
+    ),
 )
 def half_depth(seams: Seams) -> None:
     """With tiles of 32 rows, and no others, the first GEMM ends in the middle of H."""
@@ -201,8 +201,7 @@ def grid_limit(seams: Seams) -> None:
     """The last tiles' rows stay 0; 65535 tiles are here 2."""
 
     def capped(launch: Wrong, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        if kernel is expert_down:
-            args[-1].zero_()
+        args[-1].zero_()
         launch(kernel, (min(grid[0], TILE_LIMIT), *grid[1:]), *args, **constants)
 
     seams.around(fused, "launch", capped)
@@ -240,17 +239,16 @@ def _overflows(case: Case) -> bool:
     when=_overflows,
 )
 def exchanged_workspaces(seams: Seams) -> None:
-    """h [S, I] lives in the room of y [S, H], which is too small where I > H."""
-    hidden = seams.case.config.hidden_size
+    """H [S, I] lives in the room of y [S, H], which is too small where I > H."""
 
     def in_launch(launch: Wrong, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
         if kernel is expert_down:
             h_SI, ends_L, *rest = args
-            args = (_overlap(h_SI, ends_L, hidden), ends_L, *rest)
+            args = (_overlap(h_SI, ends_L, rest[-1].shape[1]), ends_L, *rest)
         launch(kernel, grid, *args, **constants)
 
     def in_activate(activate: Wrong, config: Any, gate_up_SF: Tensor, num_rows: Tensor) -> Tensor:
-        return _overlap(activate(config, gate_up_SF, num_rows), num_rows, hidden)
+        return _overlap(activate(config, gate_up_SF, num_rows), num_rows, config.hidden_size)
 
     seams.around(fused, "launch", in_launch)
     seams.around(grouped_mm, "activate", in_activate)

@@ -6,6 +6,7 @@ L local experts.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from twinmoe.oracle.faults.triggers import (
     in_graph,
     is_gated,
     replays,
-    several_experts,
     shows_padding,
 )
 from twinmoe.oracle.faults.visits import visited, visits
+from twinmoe.oracle.faults.wrong_routers import StepwiseRouter, routes_otherwise
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
 
@@ -136,7 +137,7 @@ def loop_ends_at_k(seams: Seams) -> None:
     "deepseek-ai/DeepGEMM#34, deepseek-ai/DeepGEMM#38",
     "rows of id -1, said to be skipped, are computed with the last expert",
     stage="experts",
-    when=shows_padding,
+    when=lambda case: shows_padding(case) and case.padding == "nan",
 )
 def minus_one_is_the_last(seams: Seams) -> None:
     """An index of -1 wraps round, and nothing masks what comes of it."""
@@ -153,12 +154,17 @@ def minus_one_is_the_last(seams: Seams) -> None:
     seams.around(InferenceGroupedMLP, "forward", wrapped)
 
 
+class _FirstWeight(StepwiseRouter):
+    def scale(self, weights_TK: Tensor) -> Tensor:
+        return super().scale(weights_TK)[:, :1].expand_as(weights_TK)
+
+
 @fault(
     "EX24",
     "vllm-project/vllm-xpu-kernels#66",
     "the kernel applies the weight of a row's first slot to all its slots",
     stage="experts",
-    when=lambda case: in_graph(case) and several_experts(case) and case.routing != "equal",
+    when=lambda case: in_graph(case) and routes_otherwise(_FirstWeight, by=0.1)(case),
 )
 def first_weight_for_all(seams: Seams) -> None:
     """Column 0 of the weights, whatever the slot."""
@@ -181,9 +187,7 @@ def _leaves_rows(case: Case) -> bool:
         return False
     owned = [_owners(case, step.number) for step in case.steps() if step.kind == "f"]
     return any(
-        bool((~now & before)[: len(now)].any())
-        for before, now in zip(owned, owned[1:], strict=False)
-        if before.shape == now.shape
+        bool((~now & before).any()) for before, now in pairwise(owned) if before.shape == now.shape
     )
 
 

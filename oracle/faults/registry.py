@@ -10,19 +10,32 @@ from contextlib import contextmanager
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import (  # noqa: F401 - importing enters them
     basic,
+    benign,
+    benign_routers,
+    collectives,
+    combine,
+    configuration,
+    dispatch,
+    expert_tiles,
     experts,
+    graphs,
+    lifecycle,
+    loading,
+    races,
     routing,
     routing_weights,
+    sizes,
+    streams,
 )
-from twinmoe.oracle.faults.fault import FAULTS
+from twinmoe.oracle.faults.fault import FAULTS, VARIANTS
 from twinmoe.oracle.faults.seams import Seams
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import ConfigError
 
 
 def require_fault(name: str) -> None:
-    """Raise ConfigError unless ``name`` is empty or that of a fault."""
-    if name and name not in FAULTS:
+    """Raise ConfigError unless ``name`` is empty or that of a fault or a correct variation."""
+    if name and name not in FAULTS | VARIANTS:
         raise ConfigError(
             f"fault ({name!r}) is not in the registry: use one of {', '.join(FAULTS)}"
         )
@@ -33,5 +46,5 @@ def planted(case: Case, context: RankContext) -> Iterator[None]:
     """Plant the case's fault, if it names one, for the block."""
     with Seams(context, case) as seams:
         if case.fault:
-            FAULTS[case.fault].plant(seams)
+            (FAULTS | VARIANTS)[case.fault].plant(seams)
         yield

@@ -185,9 +185,9 @@ class _PowerOfTwo(StepwiseRouter):
     "ROCm/aiter#2359",
     "the large-batch kernel rounds E up to a power of two and ranks the padding, as scores of 0",
     stage="router",
-    when=lambda case: in_graph(case)
-    and bucket_of(case) > SMALL_BATCH
-    and routes_otherwise(_PowerOfTwo)(case),
+    when=lambda case: (
+        in_graph(case) and bucket_of(case) > SMALL_BATCH and routes_otherwise(_PowerOfTwo)(case)
+    ),
 )
 def padded_experts(seams: Seams) -> None:
     """Experts that do not exist beat those of negative score; 212 rows a core are here 8."""

@@ -196,5 +196,3 @@ def shared_scaled_down(seams: Seams) -> None:
         return y_TH / shared.config.routed_scaling_factor
 
     seams.around(InferenceSharedExpert, "forward", divide)
-
-

@@ -100,3 +100,9 @@ def runs_triton(case: Case) -> bool:
 
 def _backend(case: Case) -> str:
     return choose_backend(case.backend, case.config, torch.device("cpu")).name
+
+
+def asks_again(case: Case) -> bool:
+    """Some batch takes the same path twice."""
+    forwards = [step for step in case.steps() if step.is_forward]
+    return has_tokens(case) and not case.relation and len(set(forwards)) < len(forwards)

@@ -85,9 +85,7 @@ def guarded(values: Tensor) -> Tensor:
     return values.masked_fill(values.isnan(), torch.finfo(values.dtype).min)
 
 
-def route_by(
-    seams: Seams, wrong: type[StepwiseRouter], routers: Sequence[type] = ROUTERS
-) -> None:
+def route_by(seams: Seams, wrong: type[StepwiseRouter], routers: Sequence[type] = ROUTERS) -> None:
     """Let ``routers`` answer what ``wrong`` does."""
 
     def eager(_forward: Wrong, router: Any, x_TH: Tensor) -> Routing:
@@ -112,9 +110,14 @@ def route_by(
 
 
 def routes_otherwise(
-    wrong: type[TopKRouter], changed: Callable[[MoEConfig], MoEConfig] | None = None
+    wrong: type[TopKRouter],
+    changed: Callable[[MoEConfig], MoEConfig] | None = None,
+    by: float = _ROUNDING,
 ) -> Reaches:
-    """Whether ``wrong``, on the ``changed`` settings, answers otherwise on the case's tokens."""
+    """Whether ``wrong``, on the ``changed`` settings, answers otherwise on the case's tokens.
+
+    Otherwise: other experts, or weights that differ ``by`` more than that share of them.
+    """
 
     def differs(case: Case) -> bool:
         if not has_tokens(case):
@@ -124,7 +127,7 @@ def routes_otherwise(
         x_TH = torch.cat([hidden_for(case, rank) for rank in range(case.ep_size)])
         right = _by_expert(TopKRouter(case.config, weights)(x_TH), config.num_experts)
         other = _by_expert(wrong(config, weights)(x_TH), config.num_experts)
-        return not torch.allclose(right, other, rtol=_ROUNDING, atol=0, equal_nan=True)
+        return not torch.allclose(right, other, rtol=by, atol=0, equal_nan=True)
 
     return differs
 

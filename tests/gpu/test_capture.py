@@ -37,6 +37,8 @@ def test_a_rendezvous_during_capture_is_refused_by_name() -> None:
 def test_tuning_during_capture_is_refused_by_name() -> None:
     """FlashInfer's tuner allocates and synchronises: a size it has not seen is no capture's."""
     layer = layer_of(HERE, backend=backend("flashinfer"))
+    with layer.graphed():
+        layer(batch(HERE, CONFIG, 4, seed=0))  # compiles what does not depend on the size
     hidden_NH = batch(HERE, CONFIG, 3, seed=0)
     with (
         layer.graphed(),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.gpu.conftest import sizes
 from tests.gpu.layers import (
     BUCKET,
     CONFIG,
@@ -21,11 +22,10 @@ from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
 from twinmoe.reference.weights import MoEWeights
 
-SIZES = [size for size in (1, 2, 4, 8) if size <= torch.cuda.device_count()]
 BACKENDS = ["grouped_mm", "triton"]
 
 
-@pytest.fixture(scope="module", params=SIZES or [1])
+@pytest.fixture(scope="module", params=sizes())
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """As many GPUs as the parameter says, in one group."""
     with World(request.param, "cuda", timeout_s=120) as world:

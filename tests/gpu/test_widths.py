@@ -5,20 +5,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gpu.conftest import PATHS
-from tests.gpu.widths import TOKENS, DrawnWeights, geometry, hidden, observe
+from tests.gpu.conftest import PATHS, sizes
+from tests.gpu.widths import DrawnWeights, geometry, hidden, observe
 from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle import Truth, judge
 from twinmoe.oracle.contracts import graphed_contract
 from twinmoe.oracle.world import World
 
-SIZES = [size for size in TOKENS if size <= torch.cuda.device_count()]
 LAYERS = [
     (model, dtype) for model in ("qwen3-30b-a3b", "deepseek-v3") for dtype in ("bf16", "fp16")
 ]
 
 
-@pytest.fixture(scope="module", params=SIZES or [1])
+@pytest.fixture(scope="module", params=sizes())
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """As many GPUs as the parameter says, in one group."""
     with World(request.param, "cuda", timeout_s=120) as world:

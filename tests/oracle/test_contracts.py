@@ -126,7 +126,6 @@ WRONG: dict[str, dict[str, Any]] = {
     "gate and up in the other dtype": {"gate_up": "other"},
     "activation in the other dtype": {"activation": "other"},
     "expert output in the other dtype": {"expert_output": "other"},
-    "output in the other dtype": {"output": "other"},
 }
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinmoe.oracle.emulation import KINDS, draw_inputs
-from twinmoe.oracle.emulation.correct import GEMMS, TENSOR_CORE
+from twinmoe.oracle.emulation.correct import GEMMS
 from twinmoe.oracle.emulation.gemm import truncating
 from twinmoe.oracle.envelope import Enclosure, Grade, matmul, product, rounded, total
-from twinmoe.oracle.rounding import BF16, FP32, Format, round_to
+from twinmoe.oracle.rounding import BF16, FP32, TENSOR_CORE, Format, round_to
 from twinmoe.oracle.spread import Spread
 from twinmoe.reference.config import MoEConfig, dtype_name
 

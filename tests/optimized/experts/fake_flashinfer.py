@@ -37,6 +37,15 @@ _FUNCTIONS = {
 }
 
 
+class AutoTuner:
+    """Where FlashInfer asks for a tactic."""
+
+    def choose_one(self, _operation: str, runners: list[Any]) -> list[int]:
+        """Every tactic that would be measured."""
+        tactics: list[int] = runners[0].get_valid_tactics([], None)
+        return tactics
+
+
 class FakeFlashInfer:
     """Both modules; ``tuned`` lists (tune_mode, buckets) of each call."""
 
@@ -45,7 +54,7 @@ class FakeFlashInfer:
         self.fused_moe: Any = SimpleNamespace(
             cutlass_fused_moe=cutlass_fused_moe, ActivationType=ActivationType
         )
-        self.autotuner: Any = SimpleNamespace(autotune=self._autotune)
+        self.autotuner: Any = SimpleNamespace(autotune=self._autotune, AutoTuner=AutoTuner)
 
     @contextmanager
     def _autotune(self, tune_mode: bool, tuning_buckets: tuple[int, ...]) -> Iterator[None]:

@@ -3,6 +3,7 @@
 Legend: M rows, H hidden_size, F rows of w13, L local experts.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,12 @@ from twinmoe.optimized import launch
 from twinmoe.optimized.communication import AllocationDuringCapture
 from twinmoe.optimized.cpu_graph import CpuGraph
 from twinmoe.optimized.experts import flashinfer, grouped_mlp
-from twinmoe.optimized.experts.flashinfer import Absence, FlashInferBackend, up_gate_rows
+from twinmoe.optimized.experts.flashinfer import (
+    Absence,
+    FlashInferBackend,
+    declared_tactics,
+    up_gate_rows,
+)
 from twinmoe.reference.placement import Placement
 
 CUDA = torch.device("cuda")
@@ -75,9 +81,35 @@ def test_shares_of_every_rank_round_to_the_model_dtype(
     assert len(fake.tuned) == 2
 
 
+def test_tactics_that_round_elsewhere_are_never_measured() -> None:
+    """First GEMM: [0-2 | 3-5 | 6, 7 older]; second: [3 | 3 that add | 3 | 3 that add | 2]."""
+    first, second = declared_tactics(8, 14)
+    assert first == [0, 1, 2, 3, 4, 5]
+    assert second == [8 + i for i in (6, 7, 8, 12, 13)]
+
+
+def test_the_tuner_s_own_list_is_restored(fake: FakeFlashInfer) -> None:
+    """Both GEMMs' lists are cut, but only while this backend tunes."""
+
+    class Runner:
+        fused_moe_runner = SimpleNamespace(
+            get_gemm1_tactic_count=lambda: 8, get_gemm2_tactic_count=lambda: 14
+        )
+
+        def get_valid_tactics(self, *_: object) -> list[int]:
+            return [1]
+
+    tuner, original = fake.autotuner.AutoTuner(), fake.autotuner.AutoTuner.choose_one
+    with flashinfer._declared_tactics_only(fake.autotuner):
+        first, second = (tuner.choose_one(f"moe::gemm{i}", [Runner()]) for i in (1, 2))
+    assert (first, second) == declared_tactics(8, 14)
+    assert tuner.choose_one("moe::gemm2", [Runner()]) == [1]
+    assert fake.autotuner.AutoTuner.choose_one is original
+
+
 def test_dispatched_rows_go_to_one_expert_each_with_weight_one(fake: FakeFlashInfer) -> None:
     """The eager path: same roundings, no tuning for counts that change with every batch."""
-    config = config_of()
+    config = config_of(hidden_act="silu")
     weights = integer_weights(config, 3)
     placement = Placement(config.num_experts, 2)
     mlp = grouped_mlp.InferenceGroupedMLP(
@@ -96,7 +128,7 @@ def test_dispatched_rows_go_to_one_expert_each_with_weight_one(fake: FakeFlashIn
 
 def test_every_number_of_rows_is_tuned_once_and_never_in_a_capture(fake: FakeFlashInfer) -> None:
     """First call of a size tunes exactly that size; a capture of a new size is refused."""
-    config = config_of()
+    config = config_of(hidden_act="silu")
     backend = FlashInferBackend(config, integer_weights(config, 5), 0)
 
     def forward(rows: int) -> None:
@@ -116,7 +148,7 @@ def test_every_number_of_rows_is_tuned_once_and_never_in_a_capture(fake: FakeFla
 @pytest.mark.usefixtures("fake")
 def test_reloaded_weights_reach_the_reordered_copy_in_place() -> None:
     """After a refresh the same storage holds the new rows, so live graphs follow."""
-    config = config_of()
+    config = config_of(hidden_act="silu")
     weights, replacement = integer_weights(config, 7), integer_weights(config, 8)
     backend = FlashInferBackend(config, weights, 0)
     address = backend._w13_LFH.data_ptr()

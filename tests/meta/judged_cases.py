@@ -1,4 +1,8 @@
-"""Count what the judge was tried on, and say so at the end."""
+"""Count what the judge was tried on, and say so at the end.
+
+A hook of ``tests/conftest.py``: the process that prints the summary of parallel workers loads
+no other.
+"""
 
 import pytest
 

@@ -1,0 +1,149 @@
+"""A campaign: plant each fault and search until the judge sees it, or the budget is spent.
+
+All faults meet one stream of cases, drawn as ``check`` draws them, so that the number of
+cases until a fault is seen says what an engineer would wait.  A case that a fault cannot
+reach is counted, and not run: planted or not, it would be the same forward.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.check import plan_cells
+from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.faults import Fault
+from twinmoe.oracle.strategies import DTYPES, EP_SIZES, Cell, cases
+from twinmoe.oracle.trial import Trial
+
+#: A case costs about twice as much with every doubling of ranks; most faults need two.
+_EP_WEIGHTS = {1: 2, 2: 4, 4: 2, 8: 1}
+
+#: AlltoAll has one mode where the others have three.
+_ALLTOALL_WEIGHT = 3
+
+TRANSPORTS = ("alltoall", "nvls", "p2p", "gloo")
+MODES = ("eager", "graphed", "replayed")
+
+#: What a hasty test would have used, with PyTorch's own relative tolerance for bf16.
+_ATOL, _RTOL = 2e-2, 1.6e-2
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """What became of one planted fault.
+
+    ``cases`` of the stream were needed, of which ``ran`` could show it, in ``seconds``.
+    ``seen_by`` names what saw it: "truth", a relation, or a worker's failure; empty for a
+    survivor, whose ``cases`` are the whole budget.  ``plain`` says whether ``assert_close``
+    against the readable twin would have seen it on the first plain case that it reaches;
+    None where the stream has no such case.
+    """
+
+    fault: Fault
+    seen_by: str
+    stage: str
+    cases: int
+    ran: int
+    seconds: float
+    plain: bool | None
+    case: Case | None = None
+    account: str = ""
+
+    @property
+    def caught(self) -> bool:
+        """Whether the judge saw it."""
+        return bool(self.seen_by)
+
+
+def case_stream(count: int, stream_seed: int, ep_sizes: Sequence[int] = EP_SIZES) -> list[Case]:
+    """``count`` cases over all cells, drawn by Hypothesis as ``check`` draws them."""
+    cells = plan_cells(ep_sizes, TRANSPORTS, MODES, DTYPES)
+    weighted = [cell for cell in cells for _ in range(_weight(cell))]
+    drawn: dict[str, Case] = {}
+
+    @seed(stream_seed)
+    @settings(
+        max_examples=count * 2,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from(weighted).flatmap(cases))
+    def draw(case: Case) -> None:
+        drawn.setdefault(str(case), case)
+
+    draw()
+    return list(drawn.values())[:count]
+
+
+def _weight(cell: Cell) -> int:
+    return _EP_WEIGHTS[cell.ep_size] * (_ALLTOALL_WEIGHT if cell.transport == "alltoall" else 1)
+
+
+def hunt(
+    fault: Fault,
+    stream: Sequence[Case],
+    trial: Trial,
+    progress: Callable[[Fault, int], None] = lambda *_: None,
+    *,
+    compare_plain: bool = True,
+) -> Hunt:
+    """Run the cases that ``fault`` reaches until one is not equivalent.
+
+    ``progress`` hears of every case that runs.
+    """
+    start, ran = time.perf_counter(), 0
+    plain = _seen_by_assert_close(fault, stream, trial) if compare_plain else None
+    for number, case in enumerate(stream, start=1):
+        if not fault.reaches(case):
+            continue
+        ran += 1
+        progress(fault, number)
+        planted = replace(case, fault=fault.name)
+        seen = _seen(planted, trial)
+        if seen is not None:
+            seconds = time.perf_counter() - start
+            return Hunt(fault, seen[0], seen[1], number, ran, seconds, plain, planted, seen[2])
+    return Hunt(fault, "", "", len(stream), ran, time.perf_counter() - start, plain)
+
+
+def _seen(case: Case, trial: Trial) -> tuple[str, str, str] | None:
+    """(what saw it, stage, account), or None if nothing did."""
+    try:
+        outcome = trial.run(case)
+    except WorkerFailure as failure:
+        return type(failure).__name__, "", str(failure)
+    if outcome.equivalent:
+        return None
+    culprit = outcome.verdicts["optimized"].culprit
+    if culprit is None:
+        return None  # inconclusive: nothing was seen
+    return culprit.relation or "truth", culprit.stage, outcome.explain()
+
+
+def _seen_by_assert_close(fault: Fault, stream: Sequence[Case], trial: Trial) -> bool | None:
+    """Whether one plain forward beside the readable twin's would have been enough."""
+    plain = (replace(case, history="", relation="", mode="eager") for case in stream)
+    case = next((case for case in plain if fault.reaches(case)), None)
+    if case is None:
+        return None
+    try:
+        showings = trial.observe(replace(case, fault=fault.name), ("optimized", "reference"))
+        for showing in showings:
+            outputs = [
+                answer.observation.output_TH
+                for one in showing.values()
+                for answer in one.answers
+                if answer is not None
+            ]
+            torch.testing.assert_close(*outputs, atol=_ATOL, rtol=_RTOL)
+    except (WorkerFailure, AssertionError):
+        return True
+    return False

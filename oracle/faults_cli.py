@@ -1,0 +1,130 @@
+"""``twinmoe faults``: plant every known fault and see whether the judge sees it."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from twinmoe.oracle import faults_report
+from twinmoe.oracle.campaign import Hunt, case_stream, hunt
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.faults import FAULTS, VARIANTS, Fault
+from twinmoe.oracle.ledger import Ledger
+from twinmoe.oracle.strategies import EP_SIZES
+from twinmoe.oracle.trial import Trial
+from twinmoe.reference.config import ConfigError
+
+#: Cases after which a fault counts as survivor, and a variant as harmless.
+_BUDGET, _BENIGN_CASES = 500, 24
+
+_console = Console()
+
+
+@click.command(name="faults")
+@click.option("--only", default="", help="Names or catalogue ids, separated by commas.")
+@click.option("--benign", is_flag=True, help="Plant correct variations: all of them must pass.")
+@click.option(
+    "--budget", type=click.IntRange(1),
+    help=f"Cases of the stream for each; {_BUDGET}, or {_BENIGN_CASES} with --benign.",
+)  # fmt: skip
+@click.option(
+    "--ep", "ep_sizes", default=",".join(map(str, EP_SIZES)), show_default=True,
+    help="Expert-parallel sizes.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stream of cases.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=8.0, show_default=True,
+    help="Seconds without progress that count as a hang.",
+)  # fmt: skip
+@click.option(
+    "--ledger", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Known survivors, each with its public issue.",
+)  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+def faults(
+    only: str,
+    benign: bool,
+    budget: int | None,
+    ep_sizes: str,
+    seed: int,
+    timeout: float,
+    ledger: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Plant each fault of the registry, search until it is seen, and show what saw it.
+
+    Exit 1 if a fault survives that the ledger does not know, or is seen although it does.
+    With --benign, exit 1 if a correct variation is taken for a fault.
+    """
+    chosen = _chosen(only, VARIANTS if benign else FAULTS)
+    known = Ledger.load(ledger)
+    if gone := known.unknown_names(name for fault in chosen for name in (fault.name, fault.id)):
+        raise ConfigError(
+            f"ledger ({ledger}) speaks of {', '.join(gone)}, which is not planted here: remove "
+            "the entry, or correct its name"
+        )
+    stream = case_stream(budget or (_BENIGN_CASES if benign else _BUDGET), seed, _sizes(ep_sizes))
+    start = time.perf_counter()
+    hunts = _with_progress(chosen, stream, timeout, stop_at_first=not benign)
+    seconds = time.perf_counter() - start
+    if benign:
+        faults_report.show_benign(hunts, seconds, _console)
+        passed = not any(hunt.caught for hunt in hunts)
+    else:
+        faults_report.show(hunts, seconds, known, _console)
+        passed = not faults_report.unexpected(hunts, known)
+    if json_file is not None:
+        faults_report.write_json(hunts, seconds, json_file)
+    sys.exit(0 if passed else 1)
+
+
+def _chosen(only: str, registry: dict[str, Fault]) -> list[Fault]:
+    if not only:
+        return list(registry.values())
+    by_name = {**{fault.id: fault for fault in registry.values() if fault.id}, **registry}
+    wanted = [part.strip() for part in only.split(",")]
+    if unknown := [name for name in wanted if name not in by_name]:
+        raise ConfigError(
+            f"--only names {', '.join(unknown)}, which is not in the registry: use names or ids "
+            f"of {', '.join(map(str, registry.values()))}"
+        )
+    return [by_name[name] for name in wanted]
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if unknown := [size for size in sizes if size not in EP_SIZES]:
+        raise ConfigError(
+            f"--ep ({text!r}) has {len(unknown)} size(s) that the stream does not draw: choose "
+            f"from {', '.join(map(str, EP_SIZES))}"
+        )
+    return sizes
+
+
+def _with_progress(
+    chosen: Sequence[Fault], stream: Sequence[Case], timeout_s: float, *, stop_at_first: bool
+) -> list[Hunt]:
+    columns = (
+        TextColumn("{task.description:40}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with (
+        Progress(*columns, console=_console, transient=True) as progress,
+        Trial("cpu", timeout_s, ("optimized",)) as trial,
+    ):
+        task = progress.add_task("starting workers", total=len(chosen))
+
+        def tell(fault: Fault, number: int) -> None:
+            progress.update(task, description=f"{fault}: case {number}"[:40])
+
+        hunts = []
+        for fault in chosen:
+            hunts.append(hunt(fault, stream, trial, tell, compare_plain=stop_at_first))
+            progress.advance(task)
+        return hunts
