@@ -51,7 +51,7 @@ class RouterTiles:
             whole = triton.cdiv(hidden_size, block_h) * block_h
             return cls(block_t, block_e, block_h, whole, block_t)
         h_per_part = 512 if hidden_size <= 4096 else 1024
-        return cls(block_t=8, block_e=8, block_h=256, h_per_part=h_per_part, select_block_t=1)
+        return cls(block_t=4, block_e=8, block_h=256, h_per_part=h_per_part, select_block_t=1)
 
 
 class InferenceTopKRouter:
@@ -117,7 +117,6 @@ class InferenceTopKRouter:
             BLOCK_T=tiles.block_t,
             BLOCK_E=tiles.block_e,
             BLOCK_H=tiles.block_h,
-            num_warps=8,
         )
         return partials_PTE
 

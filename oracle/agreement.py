@@ -33,3 +33,10 @@ def _uneven_exchange(place: int, issued: Sequence[Issued]) -> Iterator[str]:
                     f"collective {place + 1}, {entry.name}: rank {sender} sends rank {receiver} "
                     f"{sent} rows, which expects {expected[sender]}"
                 )
+
+
+def missing_exchanges(journals: Sequence[Sequence[Issued]]) -> Iterator[str]:
+    """Ranks that claim the AlltoAll path and exchanged no rows with anybody."""
+    for rank, journal in enumerate(journals):
+        if not any(issued.name.startswith("all_to_all") for issued in journal):
+            yield f"rank {rank} claims the AlltoAll path of several ranks, but exchanged no rows"

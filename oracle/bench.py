@@ -94,9 +94,11 @@ class _Bench:
         self.owned = placement.experts_of(context.rank)
         expert_bytes = sum(t[0].numel() for t in self._expert_shapes()) * self.config.dtype.itemsize
         self.expert_bytes = expert_bytes
-        copies = min(8, math.ceil(COLD_BYTES / (expert_bytes * len(self.owned))))
+        on_gpu = context.device.type == "cuda"
+        copies = min(8, math.ceil(COLD_BYTES / (expert_bytes * len(self.owned)))) if on_gpu else 1
+        self.calls = CALLS if on_gpu else 1
         self.weights = [self._weights(copy) for copy in range(copies)]
-        self.hidden = [self._hidden(call) for call in range(CALLS)]
+        self.hidden = [self._hidden(call) for call in range(self.calls)]
         self.num_valid = torch.tensor([request.tokens], dtype=torch.int32, device=context.device)
         known = backend_report(self.config, context.device)
         usable = tuple(name for name, reason in known.items() if reason is None)
@@ -137,14 +139,15 @@ class _Bench:
             ]
             rows.append(self._row("all-gather", name, gathers, peers * sent / LINK_RATE))
             summed = tokens * self.config.hidden_size * layer.options.wire_dtype.itemsize
-            scatters = [partial(_scatter, layer, tokens * (peers + 1))] * CALLS
+            scatters = [partial(_scatter, layer, tokens * (peers + 1))] * self.calls
             rows.append(self._row("reduce-scatter", name, scatters, peers * summed / LINK_RATE))
         return rows
 
     def experts(self) -> list[Row]:
         """Every backend on all ranks' rows, index building and weighted sum included."""
         calls, active = self._expert_calls()
-        floor = self.expert_bytes * sum(active) / len(active) / MEMORY_RATE
+        mine = sum(by_rank[self.context.rank] for by_rank in active)
+        floor = self.expert_bytes * mine / len(active) / MEMORY_RATE
         rows = []
         for backend in self.backends:
             layers = self._layer("p2p", backend)
@@ -157,9 +160,12 @@ class _Bench:
         return rows
 
     def layers(self) -> list[Row]:
-        """The whole graphed path, for every tier and backend."""
+        """The whole graphed path, for every tier and backend; every call waits for all ranks."""
         _, active = self._expert_calls()
-        floor = self.expert_bytes * sum(active) / len(active) / MEMORY_RATE
+        busiest = [max(by_rank) for by_rank in active]
+        shared = self.weights[0].shared_w13_FH, self.weights[0].shared_w2_HI
+        read = self.expert_bytes * sum(busiest) / len(busiest)
+        read += sum(t.numel() * t.element_size() for t in shared if t is not None)
         rows = []
         for tier in self.tiers if self.context.world_size > 1 else ("p2p",):
             for backend in self.backends:
@@ -168,7 +174,7 @@ class _Bench:
                     partial(_forward, layers[i % len(layers)], x, self.num_valid)
                     for i, x in enumerate(self.hidden)
                 ]
-                rows.append(self._row("layer", f"{tier} + {backend}", bodies, floor))
+                rows.append(self._row("layer", f"{tier} + {backend}", bodies, read / MEMORY_RATE))
         return rows
 
     # --- inputs -----------------------------------------------------------------------
@@ -214,16 +220,16 @@ class _Bench:
         values = torch.empty(shape, dtype=self.config.dtype, device=self.context.device)
         return values.normal_(generator=generator)
 
-    def _expert_calls(self) -> tuple[list[tuple[Tensor, ...]], list[int]]:
-        """Arguments of the experts for each call, and how many local experts each wakes."""
+    def _expert_calls(self) -> tuple[list[tuple[Tensor, ...]], list[list[int]]]:
+        """Arguments of the experts for each call, and how many experts of each rank it wakes."""
         layer = self._layer(next(iter(self.tiers)), self.backends[0])[0]
         calls: list[tuple[Tensor, ...]] = []
         active = []
         for x_NH in self.hidden:
             gathered = layer.dispatcher.token_dispatch(x_NH, layer.router(x_NH, None))
             ids = gathered.ids.clone()
-            own = ids[(ids >= self.owned.start) & (ids < self.owned.stop)]
-            active.append(len(own.unique()))
+            owners = ids.unique() // len(self.owned)
+            active.append(torch.bincount(owners, minlength=self.context.world_size).tolist())
             calls.append((gathered.hidden.clone(), ids, gathered.weights.clone()))
         return calls, active
 

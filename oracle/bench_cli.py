@@ -12,7 +12,7 @@ from rich.table import Table
 
 from twinmoe.oracle import doctor
 from twinmoe.oracle.bench import LINK_RATE, MEMORY_RATE, Request, Row, measure, slowest
-from twinmoe.oracle.world import World
+from twinmoe.oracle.torchrun import largest_world, open_world
 from twinmoe.reference.published import PUBLISHED, published, scaled
 
 _console = Console()
@@ -59,7 +59,7 @@ def bench(
     doctor.require(device)
     rows: list[Row] = []
     for size in _counts(gpus) if gpus else _sizes_here(device):
-        with World(size, device, timeout) as world:
+        with open_world(size, device, timeout) as world:
             for model in models:
                 config = scaled(published(model), scale)
                 config.check_ep_size(size)
@@ -107,5 +107,5 @@ def _counts(text: str) -> list[int]:
 
 
 def _sizes_here(device: str) -> list[int]:
-    here = torch.cuda.device_count() if device == "cuda" else 1
+    here = largest_world() or (torch.cuda.device_count() if device == "cuda" else 1)
     return [size for size in (1, 2, 4, 8) if size <= here]

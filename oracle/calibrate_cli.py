@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from twinmoe.oracle import plots
+from twinmoe.oracle import cost, plots
 from twinmoe.oracle.calibrate import BACKENDS, EP_SIZES, TRANSPORTS, PathRecord, calibrate_paths
 from twinmoe.oracle.compare_criteria import (
     CORRECT,
@@ -38,6 +38,12 @@ _console = Console()
     help="Measure common criteria and ours on the same correct and wrong emulated layers.",
 )
 @click.option(
+    "--cost",
+    "costing",
+    is_flag=True,
+    help="Measure seconds and memory of a judgement, at a small size and at DeepSeek-V3's.",
+)
+@click.option(
     "--draws", type=click.IntRange(1), default=8, show_default=True,
     help="Layers to compare criteria on, or cases for each path and EP size.",
 )  # fmt: skip
@@ -56,15 +62,17 @@ _console = Console()
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Save a picture.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def calibrate(comparing: bool, **options: Any) -> None:
+def calibrate(comparing: bool, costing: bool, **options: Any) -> None:
     """Measure the judge: error over allowed error, flips and their signs, path by path.
 
-    With --compare-criteria: the share of mistakes that common criteria and ours see.
+    With --compare-criteria: the share of mistakes that common criteria and ours see.  With
+    --cost: what a judgement costs.
     Exit codes: 0 measured, 1 a correct layer was called wrong, 2 could not run.
     """
     try:
         _check_targets(options["plot"], options["json_file"])
-        alarms = _compare(**options) if comparing else _calibrate(**options)
+        measure = _compare if comparing else _costs if costing else _calibrate
+        alarms = measure(**options)
     except (plots.PlotError, WorkerFailure, click.ClickException) as error:
         click.echo(f"twinmoe: {error}", err=True)
         sys.exit(2)
@@ -125,6 +133,24 @@ def _calibrate(
     return bool(alarms)
 
 
+def _costs(seed: int, json_file: Path | None, **_unused: Any) -> bool:
+    with _progress("judging", len(cost.SIZES)) as advance:
+        costs = list(cost.measure_costs(seed, advance))
+    _console.print(cost_table(costs))
+    if json_file is not None:
+        measured = [
+            {
+                "size": one.size,
+                "seconds": one.seconds,
+                "making": one.making,
+                "peak_mib": one.peak_mib,
+            }
+            for one in costs
+        ]
+        json_file.write_text(json.dumps(measured, indent=2), encoding="utf-8")
+    return any(not one.verdict.equivalent for one in costs)
+
+
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     columns = (
@@ -174,5 +200,26 @@ def path_table(records: Sequence[PathRecord]) -> Table:
             f"{100 * mean(record.flips):.2f} %",
             f"{100 * mean(record.expected):.2f} %",
             f"{record.sign_score:+.1f}",
+        )
+    return shown
+
+
+def cost_table(costs: Sequence[cost.Cost]) -> Table:
+    """One row per size: the time of one judgement, and the memory that it took."""
+    shown = Table(
+        title=f"one judgement of {cost.TOKENS} tokens with all their experts", title_justify="left"
+    )
+    shown.add_column("size", no_wrap=True)
+    for name in ("seconds", "of them drawing weights", "peak memory", "flips", "expected at most"):
+        shown.add_column(name, justify="right")
+    for one in costs:
+        elements = max(one.verdict.elements, 1)
+        shown.add_row(
+            one.size,
+            f"{one.seconds:.2f}",
+            f"{one.making:.2f}",
+            f"{one.peak_mib:.0f} MiB",
+            f"{100 * one.verdict.flips / elements:.2f} %",
+            f"{100 * one.verdict.expected_flips / elements:.2f} %",
         )
     return shown

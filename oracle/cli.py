@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from twinmoe.oracle import doctor as diagnosis
-from twinmoe.oracle import report
+from twinmoe.oracle import report, torchrun
 from twinmoe.oracle.bench_cli import bench
 from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
@@ -73,13 +74,16 @@ def _listed(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, s
     return parse
 
 
-def _ep_sizes(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
+def _ep_sizes(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of sizes: write 1,2,4,8") from None
     if min(sizes) < 1:
         raise click.BadParameter(f"{min(sizes)} is not a group size: use 1 or more")
+    if context.get_parameter_source(parameter.name or "") is ParameterSource.DEFAULT:
+        largest = torchrun.largest_world() or max(sizes)
+        return [size for size in sizes if size <= largest]
     return sizes
 
 
@@ -90,6 +94,8 @@ def main() -> None:
     """One MoE layer implemented twice, and a judge that decides whether they are equivalent."""
     # The judge's tensors are small, and the workers want the cores.
     torch.set_num_threads(1)
+    if torchrun.serve():
+        sys.exit(EQUIVALENT)
 
 
 @main.command(name="check")

@@ -22,8 +22,9 @@ from twinmoe.reference.experts import mlp
 from twinmoe.reference.router import TopKRouter
 from twinmoe.reference.shared_expert import SharedExpertMLP
 
-#: Tokens that are judged: a sample, of the same size whatever the batch was.
-TOKENS = 16
+#: Tokens that are judged: a sample, of the same size whatever the batch was.  Time and memory
+#: grow with them, time as long as they choose other experts.
+TOKENS = 4
 
 #: The second has the widths, experts and routing of DeepSeek-V3 (arXiv 2412.19437).
 SIZES = {

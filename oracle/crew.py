@@ -137,7 +137,8 @@ def _context(device: str) -> ForkServerContext | SpawnContext:
         # CUDA does not survive a fork, not even of a process that only counted devices.
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__])
+    # The first dispatch mode of a process, a capture's, imports dynamo: seconds, like a hang.
+    context.set_forkserver_preload([worker.__name__, "torch._dynamo"])
     # The fork server imports its preload before it learns the driver's sys.path.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -16,6 +16,10 @@ from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.truth import Truth
 
 
+class MisshapenError(ValueError):
+    """An output or a tap that no correct layer returns: a wrong shape, or another dtype."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What was seen; None where a rank shows no such tap.
@@ -48,7 +52,7 @@ class Evidence:
         for rank, (seen, tokens) in enumerate(zip(observations, counts, strict=True)):
             expected = (tokens, truth.config.hidden_size)
             if tuple(seen.output_TH.shape) != expected:
-                raise ValueError(
+                raise MisshapenError(
                     f"rank {rank} returned a tensor of shape {tuple(seen.output_TH.shape)}, "
                     f"expected {expected}: one output row per input row"
                 )
@@ -112,7 +116,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def check_dtype(seen: torch.dtype, contract: RoundingContract) -> None:
     """Raise ValueError unless outputs are stored as ``contract`` says."""
     if FORMATS.get(seen) != contract.output:
-        raise ValueError(
+        raise MisshapenError(
             f"the output's dtype ({seen}) is not the {contract.output.name} that contract "
             f"{contract.name!r} declares: return that dtype, or declare another output format"
         )
@@ -128,13 +132,13 @@ def _check_taps(rank: int, taps: Taps, counts: Sequence[int]) -> None:
         if tap is None:
             continue
         if field.name not in _PADDED and len(tap) != counts[rank]:
-            raise ValueError(
+            raise MisshapenError(
                 f"rank {rank}'s tap {field.name} has {len(tap)} rows, expected {counts[rank]}: "
                 "one row per token of the rank"
             )
         padded, ragged = divmod(len(tap), len(counts))
         if field.name in _PADDED and (ragged or padded < max(counts)):
-            raise ValueError(
+            raise MisshapenError(
                 f"rank {rank}'s tap {field.name} has {len(tap)} rows for {len(counts)} ranks, "
                 f"expected at least {max(counts)} for each: every rank's rows, padded alike"
             )

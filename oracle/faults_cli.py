@@ -37,7 +37,7 @@ _console = Console()
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stream of cases.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=1), default=8.0, show_default=True,
+    "--timeout", type=click.FloatRange(min=1), default=12.0, show_default=True,
     help="Seconds without progress that count as a hang.",
 )  # fmt: skip
 @click.option(

@@ -25,7 +25,7 @@ def leaks(rank: int, taps: Taps, tokens_by_rank: Sequence[int]) -> Iterator[Find
         ("partial", "experts", 0),
     ):
         tap = getattr(taps, name)
-        if tap is None:
+        if tap is None or len(tap) % len(tokens_by_rank):
             continue
         padding = tap.cpu()[_padding_rows(len(tap), tokens_by_rank)]
         wrong = padding != content

@@ -69,6 +69,13 @@ class Session:
                 self._live(self.case.steps())
         return self._answers
 
+    def close(self) -> None:
+        """Let go of all layers and symmetric memory, once no peer reads this rank's any more."""
+        self._barrier()
+        self._layers.clear()
+        for group in {self.context.group, None}:
+            release_pools(group)
+
     # --- a relation ---------------------------------------------------------------------
 
     def _compare(self, changes: tuple[Change, ...]) -> None:
@@ -111,10 +118,7 @@ class Session:
         elif step.kind == "d":
             self._late_rank = number % self.context.world_size
         elif step.kind == "n":
-            self._barrier()
-            self._layers.clear()
-            for group in {self.context.group, None}:
-                release_pools(group)
+            self.close()
             self._build(steps)
         elif step.kind in "wl":
             self._version = number
@@ -123,7 +127,7 @@ class Session:
         elif step.kind == "k":
             self._change(lambda subject: subject.set_kill_switch(bool(number)))
         elif step.kind == "p":
-            torch.use_deterministic_algorithms(True, warn_only=True)  # fills what empty() returns
+            torch.set_deterministic_debug_mode("warn")  # fills what empty() returns
             self._barrier()
             self._change(lambda subject: subject.poison())
             self._barrier()
@@ -208,8 +212,9 @@ def other_shape(case: Case) -> Case:
 
 @contextmanager
 def _deterministic_again() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
+    # Not use_deterministic_algorithms(), which imports a compiler: seconds in every new process.
+    before = torch.get_deterministic_debug_mode()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)

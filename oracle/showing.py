@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from twinmoe.oracle.agreement import collective_mismatches
+from twinmoe.oracle import resources
+from twinmoe.oracle.agreement import collective_mismatches, missing_exchanges
 from twinmoe.oracle.breadcrumbs import Issued
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.evidence import MisshapenError
 from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.padding import leaks
@@ -30,13 +32,15 @@ Round = Sequence[Answer]
 
 @dataclass(frozen=True)
 class Showing:
-    """What one rank sends back about one subject: its forwards, and its collectives.
+    """What one rank sends back about one subject: its forwards, collectives and remains.
 
-    An answer is None where the rank had no part in the forward.
+    An answer is None where the rank had no part in the forward.  ``left`` says what the rank
+    still held after everything was released.
     """
 
     answers: tuple[Answer | None, ...]
     journal: tuple[Issued, ...]
+    left: tuple[str, ...] = ()
 
 
 def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
@@ -46,12 +50,23 @@ def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
         for answers in zip(*(showing.answers for showing in showings), strict=True)
     ]
     verdict = merged([_judge_forward(answers) for answers in rounds])
-    verdict.findings += changed_answers(rounds)
-    if case.relation:
-        verdict.findings += _related(case, rounds)
+    if verdict.conclusive:  # else there are forwards that nothing can be compared with
+        verdict.findings += changed_answers(rounds)
+        if case.relation:
+            verdict.findings += _related(case, rounds)
+    journals = [showing.journal for showing in showings]
+    exchanges = any(len(answers) > 1 and answers[0].call.path == "alltoall" for answers in rounds)
     verdict.findings += (
-        Finding("dispatch", 0, None, None, mismatch, relation="collective contract")
-        for mismatch in collective_mismatches([showing.journal for showing in showings])
+        Finding("dispatch", 0, None, None, told, relation="collective contract")
+        for told in (
+            *collective_mismatches(journals),
+            *(missing_exchanges(journals) if exchanges else ()),
+        )
+    )
+    verdict.findings += (
+        Finding("output", rank, None, None, f"rank {rank}: {text}", relation=resources.RELATION)
+        for rank, showing in enumerate(showings)
+        for text in showing.left
     )
     return verdict
 
@@ -63,7 +78,7 @@ def _judge_forward(answers: Round) -> Verdict:
     """Judge the numbers, and that all ranks took, and really ran, the claimed path."""
     first = answers[0]
     observations = [answer.observation for answer in answers]
-    verdict = judge(observations, first.scenario.truth(), first.contract)
+    verdict = _judge_numbers(observations, first)
     for rank, answer in enumerate(answers):
         told = [*_untrue_claims(rank, answer, first.contract), *answer.complaints]
         tokens = [len(other.observation.output_TH) for other in answers]
@@ -75,6 +90,15 @@ def _judge_forward(answers: Round) -> Verdict:
             for finding in verdict.findings
         ]
     return verdict
+
+
+def _judge_numbers(observations: Sequence[RankObservation], first: Answer) -> Verdict:
+    """Judge outputs and taps; a layer that returns other shapes than it must is at fault."""
+    try:
+        return judge(observations, first.scenario.truth(), first.contract)
+    except MisshapenError as error:
+        finding = Finding("output", 0, None, None, str(error))
+        return Verdict(first.contract, observations[0].path, [finding], conclusive=False)
 
 
 def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twinmoe.optimized import launch
 from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.communication.packing import MIN_MULTICAST_LANE_BYTES, pack
 from twinmoe.optimized.communication.pool_setup import pools_of
 from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.layer import MoELayer
@@ -176,19 +177,19 @@ class OptimizedSubject:
         return graphed_contract(self.config, backend, _TIER_OF_LABEL.get(tier, tier), self._wire)
 
     def required(self, call: Call) -> frozenset[str]:
-        """See `Subject`; a shape too narrow for multicast goes peer to peer, and says so."""
+        """See `Subject`; payloads too narrow for multicast, and no others, go peer to peer."""
         if call.path == "alltoall":
             return frozenset()
         report = self.layer.transport.report()
         names = set(_KERNELS[self.layer.experts.backend_name])
         rows, config = bucket_for(call.max_tokens), self.config
-        routed, hidden = [rows, config.num_experts_per_tok], config.hidden_size
-        calls = {
-            "all_gather": f"all_gather {[routed, routed, [rows, hidden]]}",
-            "reduce_scatter": f"reduce_scatter {[rows * report.world_size, hidden]} {self._wire}",
+        routed, hidden = 4 * rows * config.num_experts_per_tok, rows * config.hidden_size
+        payloads = {
+            "all_gather": [routed, routed, hidden * config.dtype.itemsize],
+            "reduce_scatter": [hidden * self._wire.itemsize],
         }
-        for collective, shapes in calls.items():
-            narrow = shapes in report.shape_refusals
+        for collective, num_bytes in payloads.items():
+            narrow = report.tier is Tier.NVLS and not _fits_multicast(num_bytes)
             names.add(f"{collective}[{Tier.P2P.value if narrow else report.label}]")
         return frozenset(names)
 
@@ -286,6 +287,12 @@ _OVERWRITTEN = ("gathered_hidden", "gathered_ids", "gathered_weights", "partial"
 def bucket_for(tokens: int) -> int:
     """The smallest of :data:`BUCKETS` that holds ``tokens`` rows."""
     return next(bucket for bucket in BUCKETS if tokens <= bucket)
+
+
+def _fits_multicast(num_bytes: list[int]) -> bool:
+    """Whether every tensor of a collective is cut into lanes as wide as multicast needs."""
+    slots, _ = pack(num_bytes, 1)
+    return all(slot.lane_bytes >= MIN_MULTICAST_LANE_BYTES for slot in slots)
 
 
 def spoil(tensor: Tensor) -> None:

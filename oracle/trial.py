@@ -13,9 +13,11 @@ from twinmoe.optimized.communication.pool_setup import release_pools
 from twinmoe.oracle import breadcrumbs, faults
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.relations import require_relation
+from twinmoe.oracle.resources import held, left_since
 from twinmoe.oracle.session import Session
 from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.subject import SUBJECTS
+from twinmoe.oracle.torchrun import TorchrunWorld, open_world
 from twinmoe.oracle.verdict import Verdict
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
@@ -23,15 +25,17 @@ from twinmoe.oracle.world import World
 
 def observe_case(context: RankContext, case: Case, subjects: Sequence[str]) -> dict[str, Showing]:
     """Play the case with each subject on this rank; all forwards are shown."""
-    # The last case's buffers: every rank has answered since, so no peer reads them.
+    # Another task's buffers: every rank has answered since, so no peer reads them.
     for group in {context.group, None}:
         release_pools(group)
     showings = {}
     for name in subjects:
-        start = len(breadcrumbs.journal)
+        start, held_before = len(breadcrumbs.journal), held()
         with faults.planted(case if name == "optimized" else replace(case, fault=""), context):
-            answers = Session(case, context, SUBJECTS[name]).play()
-        showings[name] = Showing(tuple(answers), tuple(breadcrumbs.journal[start:]))
+            session = Session(case, context, SUBJECTS[name])
+            answers, journal = session.play(), tuple(breadcrumbs.journal[start:])
+            session.close()
+            showings[name] = Showing(tuple(answers), journal, tuple(left_since(held_before)))
     return showings
 
 
@@ -70,7 +74,7 @@ class Trial:
         subjects: Sequence[str] = tuple(SUBJECTS),
     ) -> None:
         self._device, self._timeout_s, self._subjects = device, timeout_s, tuple(subjects)
-        self._worlds: dict[int, World] = {}
+        self._worlds: dict[int, World | TorchrunWorld] = {}
 
     def run(self, case: Case) -> Outcome:
         """Observe and judge ``case``.
@@ -111,7 +115,7 @@ class Trial:
     ) -> None:
         self.close()
 
-    def _world(self, ep_size: int) -> World:
+    def _world(self, ep_size: int) -> World | TorchrunWorld:
         if ep_size not in self._worlds:
-            self._worlds[ep_size] = World(ep_size, self._device, self._timeout_s)
+            self._worlds[ep_size] = open_world(ep_size, self._device, self._timeout_s)
         return self._worlds[ep_size]

@@ -9,9 +9,9 @@ JUDGING = Path(__file__).resolve().parents[1] / "docs" / "judging.md"
 
 
 def test_the_worked_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both examples of docs/judging.md, one after the other, as a reader would type them."""
+    """The examples of docs/judging.md, one after the other, as a reader would type them."""
     examples = re.findall(r"```python\n(.*?)```", JUDGING.read_text(), flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     names: dict[str, object] = {}
     for example in examples:
         exec(compile(example, str(JUDGING), "exec"), names)

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 
 import torch
 
-from twinmoe.optimized.communication.barrier import signal_pad_barrier
-from twinmoe.optimized.communication.multimem import Leaf, store_to_all
+from twinmoe.optimized.communication.barrier import load_pads, meet
+from twinmoe.optimized.communication.multimem import Leaf, load_bases, store_to_all
 from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor, as_words
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run, sizes
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
 
-#: Most lanes of a thread at once.
-_LANES_PER_THREAD = 4
+#: Warps of a CTA that has much to move, and most lanes of its threads at once.
+_WARPS, _LANES_PER_THREAD = 8, 4
 
 #: Least and most lanes of a step in the interpreter, which pays by the operation: few steps.
 _BLOCK_BOUNDS = (1, 8192)
@@ -38,24 +38,24 @@ def all_gather_kernel(
 
     CTA ``first_ctas[i]`` starts with tensor i: small tensors travel side by side.
     """
+    bases = load_bases(buffer_ptrs, WORLD, THREADS)
+    pads, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
     if LEADING_BARRIER:
-        signal_pad_barrier(
-            signal_pad_ptrs, rank, WORLD, THREADS,
-            has_previous_access=True, has_subsequent_access=True,
-        )  # fmt: skip
+        meet(
+            pads, epoch, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
+        )
+        epoch += 1
     for i in tl.static_range(len(sources)):
         _push(
-            sources[i], offsets[i], num_lanes[i], first_ctas[i], buffer_ptrs, multicast_ptr, rank,
+            sources[i], offsets[i], num_lanes[i], first_ctas[i], bases, multicast_ptr, rank,
             WORDS[i], BLOCKS[i], WORLD, LEAF,
         )  # fmt: skip
-    signal_pad_barrier(
-        signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
-    )
+    meet(pads, epoch, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True)
 
 
 @triton.jit
 def _push(
-    source, offset, num_lanes, first_cta, buffer_ptrs, multicast_ptr, rank,
+    source, offset, num_lanes, first_cta, bases, multicast_ptr, rank,
     WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     turn = (tl.program_id(0) + tl.num_programs(0) - first_cta) % tl.num_programs(0)
@@ -64,7 +64,7 @@ def _push(
         live = lane < num_lanes
         word = lane[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         value = tl.load(source + word, mask=live[:, None], other=0)
-        store_to_all(value, offset, lane, word, live, buffer_ptrs, multicast_ptr, rank, WORLD, LEAF)
+        store_to_all(value, offset, lane, word, live, bases, multicast_ptr, rank, WORLD, LEAF)
 
 
 def all_gather(
@@ -88,7 +88,7 @@ def all_gather(
     lanes = tuple(slot.num_lanes for slot in packed)
     shape = LaunchShape(num_ctas, 1, _BLOCK_BOUNDS)
     if not INTERPRETED:
-        shape = LaunchShape.choose(sum(lanes), num_ctas, _LANES_PER_THREAD)
+        shape = LaunchShape.choose(sum(lanes), num_ctas, _WARPS, _LANES_PER_THREAD)
     blocks = tuple(shape.block_lanes(count) for count in lanes)
     constants = {
         "WORDS": tuple(slot.words_per_lane for slot in packed),

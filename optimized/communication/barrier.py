@@ -52,19 +52,44 @@ def signal_pad_barrier(
     released to the peers.  ``has_subsequent_access``: what the peers released may be read, and
     what they have finished reading may be overwritten, by all threads of this CTA.
     """
+    pads, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
+    meet(pads, epoch, rank, WORLD, THREADS, has_previous_access, has_subsequent_access)
+
+
+@triton.jit
+def load_pads(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
+    """This CTA's row on every rank's pad, [THREADS] pointers, and the epoch of the last meeting.
+
+    Two loads, one after the other: a kernel that has work before its barrier starts them first.
+    """
+    peer = tl.arange(0, THREADS)
+    row = tl.program_id(0) * (WORLD + 1)
+    pads = tl.load(signal_pad_ptrs + peer, mask=peer < WORLD, other=0)
+    own_pad = tl.load(signal_pad_ptrs + rank).to(tl.pointer_type(tl.int32)) + row
+    return pads.to(tl.pointer_type(tl.int32)) + row, tl.load(own_pad + WORLD)
+
+
+@triton.jit
+def meet(
+    pads,
+    epoch,
+    rank,
+    WORLD: tl.constexpr,
+    THREADS: tl.constexpr,
+    has_previous_access: tl.constexpr,
+    has_subsequent_access: tl.constexpr,
+):
+    """`signal_pad_barrier` with what `load_pads` returned; the next epoch is one more."""
     peer = tl.arange(0, THREADS)
     is_peer = peer < WORLD
-    row = tl.program_id(0) * (WORLD + 1)
-    pads = tl.load(signal_pad_ptrs + peer, mask=is_peer, other=0).to(tl.pointer_type(tl.int32))
-    own_pad = tl.load(signal_pad_ptrs + rank).to(tl.pointer_type(tl.int32)) + row
-    epoch = tl.load(own_pad + WORLD) + 1
-
+    own_pad = tl.sum(tl.where(peer == rank, pads.to(tl.int64), 0)).to(tl.pointer_type(tl.int32))
+    epoch += 1
     # All threads have done their accesses, and have read the epoch that is overwritten below,
     # before the one thread per peer signals on behalf of all.
     tl.debug_barrier()
     tl.store(own_pad + WORLD, epoch)
     tl.atomic_xchg(
-        pads + row + rank,
+        pads + rank,
         epoch,
         mask=is_peer,
         sem="release" if has_previous_access else "relaxed",

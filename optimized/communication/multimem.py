@@ -32,8 +32,19 @@ _MULTICAST_EMULATED = tl.constexpr(int(Leaf.MULTICAST_EMULATED))
 
 
 @triton.jit
+def load_bases(buffer_ptrs, WORLD: tl.constexpr, THREADS: tl.constexpr):
+    """All ranks' base addresses, [THREADS], in registers: once, before anything waits.
+
+    Loaded where they are needed, each would cost its own round trip to memory, one after the
+    other, since no load passes the store or the barrier before it.
+    """
+    peer = tl.arange(0, THREADS)
+    return tl.load(buffer_ptrs + peer, mask=peer < WORLD, other=0)
+
+
+@triton.jit
 def store_to_all(
-    value, offset, lane, element, live, buffer_ptrs, multicast_ptr, rank,
+    value, offset, lane, element, live, bases, multicast_ptr, rank,
     WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of words at byte ``offset`` of every rank's buffer.
@@ -49,13 +60,13 @@ def store_to_all(
     else:
         for step in tl.static_range(WORLD):
             # Start at the own rank: all ranks storing to rank 0 first would jam its links.
-            peer = _lanes_of((rank + step) % WORLD, offset, buffer_ptrs, value.dtype, WORDS)
+            peer = _lanes_of((rank + step) % WORLD, offset, bases, value.dtype, WORDS)
             tl.store(peer + element, value, mask=live[:, None])
 
 
 @triton.jit
 def sum_from_all(
-    offset, lane, element, live, buffer_ptrs, multicast_ptr, rank,
+    offset, lane, element, live, bases, multicast_ptr, rank,
     DTYPE: tl.constexpr, WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """fp32 sums over ranks of a tile at byte ``offset``; shapes as in `store_to_all`."""
@@ -66,27 +77,28 @@ def sum_from_all(
         return _multimem_load_reduce(address, live, DTYPE, ELEMENTS)
     else:  # noqa: RET505 - the compiler needs both returns in one constexpr branch
         first = rank if LEAF == _MULTICAST_EMULATED else 0
-        total = _load_from(first, offset, element, live, buffer_ptrs, DTYPE)
+        total = _load_from(first, offset, element, live, bases, DTYPE)
         for step in tl.static_range(1, WORLD):
-            total += _load_from((first + step) % WORLD, offset, element, live, buffer_ptrs, DTYPE)
+            total += _load_from((first + step) % WORLD, offset, element, live, bases, DTYPE)
         if LEAF == _MULTICAST_EMULATED:
             total = to_fp32(round_to(total, DTYPE))
         return total
 
 
 @triton.jit
-def _load_from(peer, offset, element, live, buffer_ptrs, DTYPE: tl.constexpr):
+def _load_from(peer, offset, element, live, bases, DTYPE: tl.constexpr):
     ELEMENTS: tl.constexpr = element.shape[1]
-    lanes = _lanes_of(peer, offset, buffer_ptrs, DTYPE, ELEMENTS)
+    lanes = _lanes_of(peer, offset, bases, DTYPE, ELEMENTS)
     return to_fp32(tl.load(lanes + element, mask=live[:, None], other=0.0))
 
 
 @triton.jit
-def _lanes_of(peer, offset, buffer_ptrs, DTYPE: tl.constexpr, PER_LANE: tl.constexpr):
+def _lanes_of(peer, offset, bases, DTYPE: tl.constexpr, PER_LANE: tl.constexpr):
     # The packing aligns every slice to its lanes; the compiler cannot know that of an address
     # from memory, and would move single words.
     width: tl.constexpr = PER_LANE * DTYPE.primitive_bitwidth // 8
-    address = tl.load(buffer_ptrs + peer) + offset
+    is_peer = tl.arange(0, bases.shape[0]) == peer
+    address = tl.sum(tl.where(is_peer, bases, 0)) + offset
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), width)
 
 

@@ -17,7 +17,7 @@ ALIGNMENT = 16
 MIN_MULTICAST_LANE_BYTES = 8
 
 #: Below this many CTAs there is nothing left to win: their barriers run side by side.
-MIN_CTAS = 4
+MIN_CTAS = 8
 
 #: The integer whose copies move a lane's bits; 16-byte lanes are two 8-byte words.
 _WORD_DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -82,15 +82,19 @@ class LaunchShape:
     bounds: tuple[int, int]
 
     @classmethod
-    def choose(cls, num_lanes: int, most_ctas: int, lanes_per_thread: int) -> "LaunchShape":
+    def choose(
+        cls, num_lanes: int, most_ctas: int, num_warps: int, lanes_per_thread: int
+    ) -> "LaunchShape":
         """A few CTAs for a decode step, whose cost is the barrier; all of them for much data.
 
-        Links are filled by bytes in flight: wide CTAs with several lanes in every thread.
+        Links are filled by bytes in flight: wide CTAs of ``num_warps`` with several lanes in
+        every thread, the best of a sweep on four H200s (docs/h200.md).
         """
-        num_warps = 4 if num_lanes <= most_ctas * 128 else 8
-        wanted = -(-num_lanes // (32 * num_warps))
-        num_ctas = min(most_ctas, max(MIN_CTAS, wanted))
-        return cls(num_ctas, num_warps, (32 * num_warps, 32 * num_warps * lanes_per_thread))
+        if num_lanes <= most_ctas * 128:
+            num_warps = 4
+        threads = 32 * num_warps
+        num_ctas = min(most_ctas, max(MIN_CTAS, -(-num_lanes // threads)))
+        return cls(num_ctas, num_warps, (threads, threads * lanes_per_thread))
 
     def block_lanes(self, num_lanes: int) -> int:
         """Lanes that a CTA takes at once: a power of two in bounds that keeps all CTAs busy."""

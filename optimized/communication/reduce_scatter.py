@@ -11,7 +11,7 @@ arrived.  Nothing stands at the end; see ``order.py`` for when that is safe.
 import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
-from twinmoe.optimized.communication.multimem import Leaf, sum_from_all
+from twinmoe.optimized.communication.multimem import Leaf, load_bases, sum_from_all
 from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run, sizes
@@ -24,7 +24,9 @@ WIRE_DTYPES = {
     torch.float16: tl.float16,
 }
 
-#: Most lanes of a thread at once; a 16-byte lane is up to 8 sums held in registers.
+#: Warps of a CTA that has much to sum, by the bytes of an element: a 16-byte lane is 4 or 8 sums
+#: held in registers.
+_WARPS = {4: 16, 2: 8}
 _LANES_PER_THREAD = 2
 
 #: Least and most lanes of a step in the interpreter, which pays by the operation: few steps.
@@ -38,6 +40,7 @@ def reduce_scatter_kernel(
     WORLD: tl.constexpr, THREADS: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Sum ``num_lanes`` lanes at byte ``offset`` of all buffers into fp32 ``out``."""
+    bases = load_bases(buffer_ptrs, WORLD, THREADS)
     signal_pad_barrier(
         signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
     )
@@ -46,7 +49,7 @@ def reduce_scatter_kernel(
         live = lane < num_lanes
         element = lane[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, :]
         total = sum_from_all(
-            offset, lane, element, live, buffer_ptrs, multicast_ptr, rank, DTYPE, WORLD, LEAF
+            offset, lane, element, live, bases, multicast_ptr, rank, DTYPE, WORLD, LEAF
         )
         tl.store(out + element, total, mask=live[:, None])
 
@@ -69,7 +72,9 @@ def reduce_scatter(
     offset = region_offset + packed.offset + memory.rank * packed.slice_bytes
     shape = LaunchShape(num_ctas, 1, _BLOCK_BOUNDS)
     if not INTERPRETED:
-        shape = LaunchShape.choose(packed.num_lanes, num_ctas, _LANES_PER_THREAD)
+        shape = LaunchShape.choose(
+            packed.num_lanes, num_ctas, _WARPS[dtype.itemsize], _LANES_PER_THREAD
+        )
     constants = {
         "DTYPE": WIRE_DTYPES[dtype],
         "ELEMENTS": packed.lane_bytes // dtype.itemsize,

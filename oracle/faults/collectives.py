@@ -13,7 +13,11 @@ from torch import Tensor
 from twinmoe.optimized.communication import all_gather as gathering
 from twinmoe.optimized.communication.eligibility import Refusal, Tier
 from twinmoe.optimized.communication.multimem import Leaf
-from twinmoe.optimized.communication.packing import PackedTensor
+from twinmoe.optimized.communication.packing import (
+    MIN_MULTICAST_LANE_BYTES,
+    PackedTensor,
+    lane_bytes,
+)
 from twinmoe.optimized.communication.symmetric_transport import SymmetricTransport
 from twinmoe.optimized.dispatcher import InferenceCUDAGraphTokenDispatcher
 from twinmoe.optimized.launch import run, sizes
@@ -164,12 +168,22 @@ def address_rounded_down(seams: Seams) -> None:
 # --- which path ---------------------------------------------------------------------------------
 
 
+def _multicast_fits(case: Case) -> bool:
+    """The gather or the sum has lanes that multicast takes, so that refusing it is wrong."""
+    config, rows = case.config, bucket_of(case)
+    routing = 4 * rows * config.num_experts_per_tok
+    element = 4 if case.wire == "fp32" else config.dtype.itemsize
+    hidden = rows * config.hidden_size
+    gathered = min(lane_bytes(routing), lane_bytes(hidden * config.dtype.itemsize))
+    return max(gathered, lane_bytes(hidden * element)) >= MIN_MULTICAST_LANE_BYTES
+
+
 @fault(
     "CL18",
     "flashinfer-ai/flashinfer#3754",
     "whether the fast path takes a payload is decided by the size of the whole padded buffer",
     stage="dispatch",
-    when=lambda case: symmetric(case) and case.transport == "nvls",
+    when=lambda case: symmetric(case) and case.transport == "nvls" and _multicast_fits(case),
     changes_output=False,
 )
 def judged_by_buffer(seams: Seams) -> None:

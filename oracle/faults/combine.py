@@ -29,7 +29,6 @@ from twinmoe.oracle.faults.triggers import (
     in_graph,
     several_experts,
     shows_padding,
-    takes_eager_path,
 )
 from twinmoe.oracle.faults.visits import visited
 from twinmoe.reference.dispatch import MoEAlltoAllTokenDispatcher
@@ -74,8 +73,10 @@ def _sum_by(seams: Seams, total: Total) -> None:
 
 def _is_local(ids_MK: Tensor, how: dict[str, Any]) -> Tensor:
     """Which slots are this rank's, by the arguments of ``combine``."""
-    local_MK = ids_MK - how["first_expert"]
-    return (local_MK >= 0) & (local_MK < len(how["plan"].ends_L))
+    first: int = how["first_expert"]
+    num_local: int = len(how["plan"].ends_L)
+    local_MK = ids_MK - first
+    return (local_MK >= 0) & (local_MK < num_local)
 
 
 def _one_after_another(terms_MKH: Tensor) -> Tensor:
@@ -113,16 +114,19 @@ def narrow_sum(seams: Seams) -> None:
     _sum_by(seams, lambda terms_MKH: _one_after_another(terms_MKH.to(dtype)).float())
 
 
+def _order_shows(case: Case) -> bool:
+    """A sum of three terms or more is asked for twice, kept wide, and promised bit for bit."""
+    wide = case.wire == "fp32" or case.config.dtype is torch.float32
+    promised = case.transport in ("p2p", "alltoall")
+    return asks_again(case) and _slots_together(case) > 2 and wide and promised
+
+
 @fault(
     "CB12",
     "huggingface/transformers#43362",
     "terms are added up by atomics, in another order each time",
-    stage="experts",
-    when=lambda case: (
-        asks_again(case)
-        and _slots_together(case) > 2
-        and (case.wire == "fp32" or case.config.dtype is torch.float32)
-    ),
+    stage="combine",
+    when=_order_shows,
 )
 def order_of_atomics(seams: Seams) -> None:
     """A table of orders takes the place of the race; a counter on the device walks it.
@@ -147,8 +151,8 @@ def order_of_atomics(seams: Seams) -> None:
     "CB15",
     "deepspeedai/DeepSpeed#8213",
     "with one rank the sum over a token's slots is skipped: T * k rows are taken for T",
-    stage="combine",
-    when=lambda case: case.ep_size == 1 and takes_eager_path(case) and several_experts(case),
+    stage="experts",
+    when=lambda case: case.ep_size == 1 and several_experts(case),
 )
 def skipped_local_sum(seams: Seams) -> None:
     """The first T of the T * k rows come back."""

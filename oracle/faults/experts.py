@@ -34,10 +34,12 @@ from twinmoe.reference.placement import Placement
 
 
 def _rearrange(seams: Seams, rows: Callable[[Tensor], Tensor]) -> None:
-    """Let every expert's first matrix be read as ``rows`` of it."""
+    """Let the first matrix of every gated expert be read as ``rows`` of it."""
 
     def construct(build: Wrong, experts: object, config: Any, weights: Any, *args: Any) -> None:
-        build(experts, config, replace(weights, w13_LFH=rows(weights.w13_LFH)), *args)
+        if config.gated:
+            weights = replace(weights, w13_LFH=rows(weights.w13_LFH))
+        build(experts, config, weights, *args)
 
     seams.around(InferenceGroupedMLP, "__init__", construct)
 

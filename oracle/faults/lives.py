@@ -23,9 +23,9 @@ class Moment:
     ``path`` as in a Call.  ``version`` is that of the weights, ``captured_version`` the one
     that the graph was captured under.  ``symmetric``: our own collectives run.  ``previous``
     is the forward before on the same path and bucket; on a captured path, the replay before
-    of the same graph.  ``captured_later`` counts graphs captured since this one's,
-    ``captured_before`` those before it, of all layers; ``unused_transport`` says that nothing
-    has run on the transport since it was chosen.
+    of the same graph.  ``captured_later`` counts graphs, of all layers,
+    that were captured since this one's; ``unused_transport`` says that nothing has run on the
+    transport since it was chosen.
     """
 
     step: Step
@@ -37,7 +37,6 @@ class Moment:
     poisoned: bool
     previous: "Moment | None"
     captured_version: int = 0
-    captured_before: int = 0
     captured_later: int = 0
     unused_transport: bool = False
 
@@ -109,7 +108,6 @@ class _Walk:
             self.poisoned,
             self.last.get(key),
             captured,
-            place,
             len(self.graphs) - 1 - place,
             self.unused,
         )
@@ -129,7 +127,7 @@ def moments(case: Case) -> tuple[Moment, ...]:
             walk.change(step)
             continue
         moment = walk.forward(case, step)
-        if step.kind != "o" and sum(moment.tokens):
+        if step.kind != "o" and any(moment.tokens):
             seen.append(moment)
     return tuple(seen)
 

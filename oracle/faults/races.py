@@ -21,7 +21,8 @@ from twinmoe.oracle.faults.fault import fault
 from twinmoe.oracle.faults.lives import Moment, crosses, moments, some_moment, sums_symmetric
 from twinmoe.oracle.faults.seams import Seams, Wrong
 from twinmoe.oracle.faults.triggers import symmetric
-from twinmoe.reference.dispatch import MoEAlltoAllTokenDispatcher
+from twinmoe.oracle.faults.visits import visited
+from twinmoe.reference.placement import Placement
 
 # --- what peers wrote is read before it is there ------------------------------------------------
 
@@ -125,17 +126,24 @@ def unfinished_warps(seams: Seams) -> None:
 # --- a buffer is used again too soon --------------------------------------------------------------
 
 
+def _visits_last_rank(case: Case, moment: Moment) -> bool:
+    """Rank 0 has a first token, and the last rank computes on it."""
+    placement = Placement(case.config.num_experts, case.ep_size)
+    owners_TK = placement.owner(visited(case, moment.step.number)[0])
+    return case.ep_size > 1 and moment.symmetric and bool((owners_TK[:1] == case.ep_size - 1).any())
+
+
 @fault(
     "CL02",
     "lightseekorg/tokenspeed#1017",
     "a collective's buffer takes the next call's data before a slow rank has read the last",
-    stage="router",
-    when=some_moment(lambda case, moment: moment.symmetric and case.ep_size > 1),
+    stage="dispatch",
+    when=some_moment(_visits_last_rank),
 )
 def reused_before_read(seams: Seams) -> None:
-    """Weights are gathered by a call of their own; the last rank reads them after the next one.
+    """Hidden states are gathered by a call of their own; the last rank reads them after the next.
 
-    There it finds expert ids, whose bits are next to nothing as weights.
+    Where rank 0's first rows were, it then finds expert ids.
     """
 
     def twice(dispatch: Wrong, dispatcher: Any, hidden_NH: Tensor, routing: Routing) -> Gathered:
@@ -143,10 +151,10 @@ def reused_before_read(seams: Seams) -> None:
         if not isinstance(transport, SymmetricTransport):
             right: Gathered = dispatch(dispatcher, hidden_NH, routing)
             return right
-        (weights,) = transport.all_gather([routing.weights_TK])
+        (hidden,) = transport.all_gather([hidden_NH])
         if not seams.is_last_rank:
-            weights = weights.clone()
-        ids, hidden = transport.all_gather([routing.ids_TK, hidden_NH])
+            hidden = hidden.clone()
+        ids, weights = transport.all_gather([routing.ids_TK, routing.weights_TK])
         return Gathered(hidden, ids, weights)
 
     seams.around(InferenceCUDAGraphTokenDispatcher, "token_dispatch", twice)
@@ -164,7 +172,7 @@ def _has_two_chunks(_case: Case, moment: Moment) -> bool:
     "CL16",
     "PrimeIntellect-ai/prime-rl#3411",
     "two chunks' combines share a buffer, and only the last one's end is waited for",
-    stage="experts",
+    stage="combine",
     when=some_moment(_has_two_chunks),
 )
 def last_event_only(seams: Seams) -> None:
@@ -176,7 +184,7 @@ def last_event_only(seams: Seams) -> None:
         return torch.cat([second, combined[len(second) :]])
 
     seams.around(InferenceCUDAGraphTokenDispatcher, "token_combine", combine)
-    seams.around(MoEAlltoAllTokenDispatcher, "token_combine", combine)
+    seams.around(MoELayer, "_eager_path", combine)
 
 
 # --- what a fill, or a rare event, leaves behind --------------------------------------------------
@@ -250,7 +258,7 @@ def mixed_row(seams: Seams) -> None:
     seams.around(MoELayer, "_graphed_path", mix)
 
 
-# --- two streams ------------------------------------------------------------------------------------
+# --- two streams ----------------------------------------------------------------------------------
 
 
 @fault(

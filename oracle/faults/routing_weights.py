@@ -150,7 +150,8 @@ def scaled_twice(seams: Seams) -> None:
 
     def scale(path: Wrong, layer: Any, *args: Any) -> Tensor:
         routed_TH: Tensor = path(layer, *args)
-        return routed_TH * layer.config.routed_scaling_factor
+        factor: float = layer.config.routed_scaling_factor
+        return routed_TH * factor
 
     seams.around(MoELayer, "_eager_path", scale)
     seams.around(MoELayer, "_graphed_path", scale)
@@ -193,6 +194,7 @@ def shared_scaled_down(seams: Seams) -> None:
 
     def divide(forward: Wrong, shared: Any, x_TH: Tensor) -> Tensor:
         y_TH: Tensor = forward(shared, x_TH)
-        return y_TH / shared.config.routed_scaling_factor
+        factor: float = shared.config.routed_scaling_factor
+        return y_TH / factor
 
     seams.around(InferenceSharedExpert, "forward", divide)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from twinmoe.oracle import RankObservation
+from twinmoe.oracle import RankObservation, cost
 from twinmoe.oracle.calibrate import PathRecord, calibrate_paths, calibration_cases
 from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.compare_criteria import CORRECT, SUBJECTS, compare_criteria, exhibits
@@ -119,6 +119,20 @@ def test_the_command_compares_and_saves(tmp_path: Path) -> None:
     flagged = json.loads(numbers.read_text(encoding="utf-8"))["flagged"]
     assert set(flagged) == set(CRITERIA)
     assert flagged[OURS][CORRECT] == 0
+
+
+def test_the_command_prints_what_a_judgement_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--cost judges the reference with weights made late, and says how long that took."""
+    monkeypatch.setattr(cost, "SIZES", {"small": cost.SIZES["small"]})
+    numbers = tmp_path / "cost.json"
+    result = CliRunner().invoke(calibrate, ["--cost", "--json", str(numbers)])
+    assert result.exit_code == 0, result.output
+    (measured,) = json.loads(numbers.read_text(encoding="utf-8"))
+    assert 0 < measured["making"] < measured["seconds"]
+    assert measured["peak_mib"] > 0
+    assert "MiB" in result.output
 
 
 def test_a_missing_matplotlib_is_told_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:

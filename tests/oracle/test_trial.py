@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from twinmoe.oracle import trial as trials
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerDied
-from twinmoe.oracle.inputs import hidden_for, weights_for
-from twinmoe.oracle.trial import Answer, Trial, observe_case
-from twinmoe.oracle.truth import Truth
+from twinmoe.oracle.session import Answer
+from twinmoe.oracle.showing import judge_showings
+from twinmoe.oracle.trial import Trial
 from twinmoe.oracle.verdict import Verdict
 
 SIZES = "H=32,I=16,E=4,k=2,rsf=2.5"
@@ -68,7 +67,7 @@ def test_a_case_has_the_same_verdict_twice(trial: Trial) -> None:
     """Run again in the same workers, a case over an ordered transport is as close as before."""
     case = Case.parse(f"T=7/2,{SIZES},mode=replayed,seed=5")
     first, second = (trial.run(case).verdicts["optimized"] for _ in range(2))
-    assert first.elements == 9 * 32
+    assert first.elements == 2 * 9 * 32  # both batches
     assert (first.worst_ratio, first.flips) == (second.worst_ratio, second.flips)
 
 
@@ -125,11 +124,11 @@ Forge = Callable[[Answer], Answer]
 
 def judged(trial: Trial, forge: Forge) -> Verdict:
     """Judge the optimized twin's answers to CASE after rank 1's was forged."""
-    told = trial._world(2).run(observe_case, CASE, ("optimized",))
-    answers = [answer["optimized"] for answer in told]
-    answers[1] = forge(answers[1])
-    hidden = [hidden_for(CASE, rank) for rank in range(2)]
-    return trials._judge(answers, Truth(CASE.config, weights_for(CASE), hidden))
+    showings = [showing["optimized"] for showing in trial.observe(CASE, ("optimized",))]
+    (answer,) = showings[1].answers
+    assert answer is not None
+    showings[1] = replace(showings[1], answers=(forge(answer),))
+    return judge_showings(CASE, showings)
 
 
 def test_a_claim_without_launches_is_refused(trial: Trial) -> None:

@@ -39,31 +39,20 @@ def single_rank_cases(draw: st.DrawFn, ep_size: int, dtype: torch.dtype) -> Case
     return replace(case, tokens=(min(sum(case.tokens), 24),), routing=routing)
 
 
+@pytest.mark.parametrize("tapped", [True, False], ids=["tapped", "untapped"])
 @by_dtype
 @pytest.mark.parametrize("ep_size", EP_SIZES)
 @fewer
 @given(data=st.data())
-def test_the_reference_is_equivalent_over_the_config_space(ep_size, dtype, data):
-    """Every setting, kind of input and routing, with the reference's ids and weights shown."""
+def test_the_reference_raises_no_alarm_over_the_config_space(ep_size, dtype, tapped, data):
+    """Every setting, kind of input and routing; conclusive wherever ids and weights are shown."""
     case = data.draw(single_rank_cases(ep_size, dtype))
     weights, x_TH = weights_for(case), hidden_for(case, 0)
     truth, contract = Truth(case.config, weights, [x_TH]), reference_contract(case.config)
-    verdict = judge([reference(case.config, weights, x_TH)], truth, contract)
-    assert verdict.equivalent, f"{case}\n{verdict}"
-    assert verdict.worst_ratio <= 1
-
-
-@by_dtype
-@pytest.mark.parametrize("ep_size", EP_SIZES)
-@fewer
-@given(data=st.data())
-def test_the_references_output_alone_raises_no_alarm(ep_size, dtype, data):
-    """Without ids a case may be inconclusive, but no finding is made against a correct layer."""
-    case = data.draw(single_rank_cases(ep_size, dtype))
-    weights, x_TH = weights_for(case), hidden_for(case, 0)
-    truth, contract = Truth(case.config, weights, [x_TH]), reference_contract(case.config)
-    verdict = judge([reference(case.config, weights, x_TH, tapped=False)], truth, contract)
+    verdict = judge([reference(case.config, weights, x_TH, tapped)], truth, contract)
     assert not verdict.findings, f"{case}\n{verdict}"
+    assert verdict.conclusive or not tapped
+    assert verdict.worst_ratio <= 1 or not tapped
 
 
 def layer(dtype: torch.dtype = torch.bfloat16, **changes: object) -> tuple[MoEConfig, MoEWeights]:

@@ -147,6 +147,7 @@ def test_launches_and_collectives_are_followed_once() -> None:
             "reduce_scatter_tensor": 1,
             "all_to_all_single": 2,
         },
+        on="rows of [0] float32, [0] float32",
     )
 
 

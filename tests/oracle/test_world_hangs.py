@@ -63,7 +63,8 @@ def test_a_skipped_last_collective_names_the_rank() -> None:
         text = str(caught.value)
         assert text.startswith(f"rank 3 kept ranks 0 to 2 waiting for {PATIENCE_S} s\n")
         assert "rank 3: finished after 1 operation (last: all_reduce)" in text
-        assert "ranks 0 to 2: waiting in all_gather_into_tensor (operation 2), at " in text
+        waiting = "ranks 0 to 2: waiting in all_gather_into_tensor of [4] float32, [1] float32"
+        assert f"{waiting} (operation 2), at " in text
         assert len(world.run(_sum_of_ranks)) == 4
 
 
@@ -72,7 +73,9 @@ def test_a_skipped_middle_collective_names_the_rank() -> None:
     with World(4, timeout_s=PATIENCE_S) as world, pytest.raises(WorkerHang) as caught:
         world.run(_skip_one_of_many, 1)
     assert caught.value.ranks == (1,)
-    assert "ranks 0, 2 and 3: waiting in all_reduce (operation 4)" in str(caught.value)
+    assert "ranks 0, 2 and 3: waiting in all_reduce of [1] float32 (operation 4)" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from twinmoe.optimized.communication.packing import (
     ALIGNMENT,
+    LaunchShape,
     PackedTensor,
     as_words,
     lane_bytes,
@@ -60,3 +61,15 @@ def test_a_moe_layer_fits_the_capacity_computed_for_it():
     )
     assert capacity.total_bytes >= regions_end + GUARD_BYTES
     assert capacity.union(Capacity(10, 500)) == Capacity(192, 500)
+
+
+@given(st.integers(0, 10**6), st.sampled_from((4, 8, 16)), st.integers(1, 8))
+def test_a_launch_is_sized_by_its_lanes_alone(num_lanes, num_warps, lanes_per_thread):
+    """No more CTAs than signal pads, whole threads in a block, and all lanes within reach."""
+    shape = LaunchShape.choose(num_lanes, 56, num_warps, lanes_per_thread)
+    block = shape.block_lanes(num_lanes)
+    assert 8 <= shape.num_ctas <= 56
+    assert shape.bounds[0] == 32 * shape.num_warps <= block <= shape.bounds[1]
+    assert block & (block - 1) == 0 or block == shape.bounds[1]
+    if num_lanes <= shape.num_ctas * shape.bounds[0]:
+        assert shape.num_ctas * block >= num_lanes

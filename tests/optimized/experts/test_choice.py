@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tests.optimized.experts.inputs import config_of, integer_weights
-from twinmoe.optimized.experts import InferenceGroupedMLP, backend_report, choose_backend
+from twinmoe.optimized.experts import (
+    BACKENDS,
+    InferenceGroupedMLP,
+    backend_report,
+    choice,
+    choose_backend,
+)
 from twinmoe.reference.config import ConfigError
 from twinmoe.reference.placement import Placement
 
@@ -29,6 +35,17 @@ def test_auto_falls_back_to_triton_for_sizes_that_grouped_mm_refuses(setting):
     assert report["triton"] is None
     assert report["grouped_mm"] is not None
     assert report["grouped_mm"].startswith(f"{setting} (12) must be a multiple of 8")
+
+
+def test_auto_follows_the_measured_order_on_a_gpu(monkeypatch):
+    """The order of preference names every backend, and what cannot run is passed over."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    assert set(choice.PREFERENCE["cuda"]) == set(BACKENDS)
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", config_of(), cuda).name == "triton"
+    assert list(backend_report(config_of(), cuda)) == list(choice.PREFERENCE["cuda"])
+    monkeypatch.setattr(BACKENDS["triton"], "unsupported", lambda *_: "not today")
+    assert choose_backend("auto", config_of(), cuda).name == "grouped_mm"
 
 
 def test_forcing_a_backend_that_cannot_run_is_an_error_with_the_reason():
