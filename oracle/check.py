@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +14,7 @@ from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import FAULTS, require_fault
 from twinmoe.oracle.strategies import CORNERS, Cell, cases
+from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Outcome, Trial
 from twinmoe.reference.config import ConfigError, MoEConfig
 
@@ -22,7 +24,10 @@ SHRINK_TRIALS = 40
 
 @dataclass(frozen=True)
 class Plan:
-    """What to check: the cells, random cases a cell, geometry, seed, fault and device."""
+    """What to check: the cells, random cases a cell, geometry, seed, fault and device.
+
+    ``subject`` is anyone's layer, instead of our twins.
+    """
 
     cells: tuple[Cell, ...]
     cases_per_cell: int
@@ -30,6 +35,7 @@ class Plan:
     seed: int = 0
     fault: str = ""
     device: str = "cpu"
+    subject: PlainName | None = None
 
     @property
     def total(self) -> int:
@@ -44,7 +50,13 @@ class Plan:
         share = range(same_size.index(cell), len(CORNERS), len(same_size))
         names = list(CORNERS)
         picked = share or [same_size.index(cell) % len(names)]
-        return [(names[i], CORNERS[names[i]](cell)) for i in picked]
+        corners = [(names[i], self.fit(CORNERS[names[i]](cell))) for i in picked]
+        # what a layer cannot be asked makes some of them equal
+        return list({str(case): (name, case) for name, case in corners}.values())
+
+    def fit(self, case: Case) -> Case:
+        """``case`` as one that the subject can be asked."""
+        return case if self.subject is None else self.subject.fit(case)
 
     def check(self) -> None:
         """Raise ConfigError for a plan that checks nothing, or that no ranks could share."""
@@ -57,6 +69,11 @@ class Plan:
             for cell in self.cells:
                 self.model.check_ep_size(cell.ep_size)
         require_fault(self.fault)
+        if self.fault and self.subject is not None:
+            raise ConfigError(
+                f"fault ({self.fault!r}) cannot be planted in {self.subject.text}: faults are "
+                "changes of this project's own layer; drop --fault or --subject"
+            )
 
 
 def plan_cells(
@@ -79,14 +96,16 @@ def plan_cells(
 
 @dataclass
 class CellResult:
-    """What one cell's cases showed.  ``worst_ratio`` is over both subjects' outputs.
+    """What one cell's cases showed.  ``worst_ratio`` is over all subjects' outputs.
 
-    ``planted`` counts the cases that the plan's fault could reach.
+    ``planted`` counts the cases that the plan's fault could reach, ``undecided`` those of
+    anyone's layer that near ties leave open, because it shows no expert ids.
     """
 
     cell: Cell
     cases: int = 0
     planted: int = 0
+    undecided: int = 0
     worst_ratio: float = 0.0
     elements: int = 0
     flips: int = 0
@@ -97,24 +116,27 @@ class CellResult:
     seconds: float = 0.0
     judge_seconds: float = 0.0
     ran: Counter[tuple[str, str]] = field(default_factory=Counter)
+    configs: set[MoEConfig] = field(default_factory=set)
     failure: Outcome | None = None
     first_failure: Outcome | None = None
     worker_failure: tuple[Case, WorkerFailure] | None = None
 
     @property
     def passed(self) -> bool:
-        """No case failed, in numbers or in processes."""
-        return self.failure is None and self.worker_failure is None
+        """No case failed, in numbers or in processes, and some were decided."""
+        decided = self.cases == 0 or self.undecided < self.cases
+        return self.failure is None and self.worker_failure is None and decided
 
     def add(self, case: Case, outcome: Outcome | None) -> None:
         """Count one case; it has no outcome if a worker failed."""
         self.cases += 1
         self.planted += bool(case.fault)
+        self.configs.add(case.config)
         if outcome is None:
             return
         self.seconds += outcome.run_seconds + outcome.judge_seconds
         self.judge_seconds += outcome.judge_seconds
-        self.ran[_what_ran(outcome.paths["optimized"])] += 1
+        self.ran[_what_ran(list(outcome.paths.values())[-1])] += 1
         for verdict in outcome.verdicts.values():
             self.worst_ratio = max(self.worst_ratio, verdict.worst_ratio)
         verdict = outcome.verdicts.get("optimized") or next(iter(outcome.verdicts.values()))
@@ -127,7 +149,7 @@ class CellResult:
 
 
 def _what_ran(path: str) -> tuple[str, str]:
-    """The parts of a path report that name software: transport and expert backend."""
+    """The parts of a path report that name software: transport, or layer, and expert backend."""
     transport, experts = path.partition(": ")[2].split(", ")[:2]
     return transport, experts.removesuffix(" experts")
 
@@ -173,12 +195,18 @@ class _Search:
                 self._try(corner)
             self._drawn()
         except _CounterexampleError:
-            pass
+            self._diagnose()
         return self.result
+
+    def _diagnose(self) -> None:
+        if self.result.failure is not None:
+            with suppress(WorkerFailure):  # what it found stands without a diagnosis
+                self.trial.diagnose(self.result.failure)
 
     def _drawn(self) -> None:
         phases = [Phase.generate, Phase.shrink] if self.shrink else [Phase.generate]
-        search = given(cases(self.cell, self.plan.model, self.plan.device))(self._try_but_the_first)
+        drawn = cases(self.cell, self.plan.model, self.plan.device).map(self.plan.fit)
+        search = given(drawn)(self._try_but_the_first)
         search = seed(self._cell_seed())(search)
         settings(
             max_examples=self.plan.cases_per_cell + 1,
@@ -210,12 +238,19 @@ class _Search:
             if self._enough():
                 return
             outcome = self._observe(case)
-            if outcome is None or outcome.equivalent:
+            if outcome is None or outcome.equivalent or self._left_open(outcome):
                 return
             self._known[line] = outcome
         self.result.failure = self._known[line]
         self.result.first_failure = self.result.first_failure or self._known[line]
         raise _CounterexampleError(self._known[line].explain())
+
+    def _left_open(self, outcome: Outcome) -> bool:
+        """Whether nothing is wrong but that near ties leave the answer of a plain layer open."""
+        if self.plan.subject is None or outcome.findings:
+            return False
+        self.result.undecided += self.result.failure is None
+        return True
 
     def _enough(self) -> bool:
         """Whether new cases now pass untried: the cell has failed, and more of it costs too much.
@@ -257,6 +292,16 @@ class Summary:
     def cases(self) -> int:
         """Cases judged."""
         return sum(result.cases for result in self.results)
+
+    @property
+    def undecided(self) -> int:
+        """Cases of anyone's layer that near ties left open."""
+        return sum(result.undecided for result in self.results)
+
+    @property
+    def configs(self) -> set[MoEConfig]:
+        """All layers that were judged."""
+        return set().union(*(result.configs for result in self.results))
 
     @property
     def planted(self) -> int:

@@ -24,6 +24,15 @@ from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.strategies import EP_SIZES, Cell
+from twinmoe.oracle.subject import SUBJECTS
+from twinmoe.oracle.subject_cli import (
+    MORE_CASES,
+    asked_of_subject,
+    not_judged,
+    plain_name,
+    subject_option,
+)
+from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 from twinmoe.reference.published import PUBLISHED, published, scaled
@@ -126,10 +135,15 @@ def main() -> None:
     help="Seconds without progress that count as a hang.",
 )  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@subject_option
 def check_command(**options: Any) -> None:
     """Run both twins side by side over every path, and judge each output element."""
-    summary = _run_check(**options)
-    report.show(summary, _console, diagnosis.not_verified(options["device"]))
+    summary = _run_check(**asked_of_subject(options))
+    if summary.plan.subject is None:
+        verified = diagnosis.not_verified(options["device"])
+    else:
+        verified = not_judged(summary)
+    report.show(summary, _console, verified)
     if options["json_file"] is not None:
         report.write_json(summary, options["json_file"])
     sys.exit(EQUIVALENT if summary.equivalent else NOT_EQUIVALENT)
@@ -140,13 +154,16 @@ def _run_check(**options: Any) -> Summary:
     diagnosis.require(device)
     transports = _transports(options["transport"], device)
     dtypes = [DTYPES[name] for name in options["dtype"]]
+    subject = plain_name(options["subject"])
+    cases = options["cases"] or PROFILES[options["profile"]] * (MORE_CASES if subject else 1)
     plan = Plan(
         plan_cells(options["ep"], transports, options["mode"], dtypes),
-        options["cases"] or PROFILES[options["profile"]],
+        cases,
         _model(options["model"], options["scale"]),
         options["seed"],
         options["fault"],
         device,
+        subject,
     )
     plan.check()
     if options["json_file"] is not None:
@@ -203,7 +220,7 @@ def _with_progress(plan: Plan, device: str, timeout_s: float) -> Summary:
     )
     with (
         Progress(*columns, console=_console, transient=True) as progress,
-        Trial(device, timeout_s) as trial,
+        Trial(device, timeout_s, _names(plan.subject)) as trial,
     ):
         task = progress.add_task("starting workers", total=plan.total)
 
@@ -211,6 +228,10 @@ def _with_progress(plan: Plan, device: str, timeout_s: float) -> Summary:
             progress.update(task, advance=1, description=_short(result.cell))
 
         return check(plan, trial, advance)
+
+
+def _names(subject: PlainName | None) -> tuple[str, ...]:
+    return tuple(SUBJECTS) if subject is None else (subject.text,)
 
 
 def _short(cell: Cell) -> str:
@@ -221,20 +242,24 @@ def _short(cell: Cell) -> str:
 @click.argument("case")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True)
-def replay(case: str, device: str, timeout: float) -> None:
+@subject_option
+def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
     """Run one CASE line again and print its verdicts."""
     parsed = Case.parse(case)
     diagnosis.require_case(parsed, device)
     _transports(parsed.transport, device)
-    with Trial(device, timeout) as trial:
+    with Trial(device, timeout, _names(plain_name(subject))) as trial:
         try:
             outcome = trial.run(parsed)
+            trial.diagnose(outcome)
         except WorkerFailure as failure:
             _console.print(f"{type(failure).__name__}: {failure}", markup=False, soft_wrap=True)
             sys.exit(NOT_EQUIVALENT)
     for name, verdict in outcome.verdicts.items():
         _console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
         _console.print(f"  {verdict}", markup=False, highlight=False, soft_wrap=True)
+    for mistake in outcome.diagnosis:
+        _console.print(f"this is what one gets if {mistake}", markup=False, soft_wrap=True)
     sys.exit(EQUIVALENT if outcome.equivalent else NOT_EQUIVALENT)
 
 

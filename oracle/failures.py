@@ -85,6 +85,8 @@ class WorkerHang(WorkerFailure):
         self, ranks: Sequence[int], seconds: float, footprints: Mapping[int, Footprint], told: str
     ) -> None:
         self.seconds = seconds
+        if mismatch := mismatched(footprints):
+            told = f"{mismatch}\n  {told}"
         rest = [rank for rank in footprints if rank not in ranks]
         waiting = f"kept {name_ranks(rest)} waiting" if rest else "stood still"
         super().__init__(
@@ -104,8 +106,11 @@ def suspects(footprints: Mapping[int, Footprint], finished: Collection[int]) -> 
     that has started fewer of that name is missing there.  Counting by name, not by position,
     forgives a rank without tokens that skips a local kernel.  Where two operations are stood
     in by equally many, either side may be at fault and both are named; when nobody is missing,
-    every unfinished rank is.
+    every unfinished rank is.  Ranks whose last operation of the same number is another one than
+    that of most are named before all.
     """
+    if strangers := [rank for group in _issued(footprints)[1:] for rank in group]:
+        return sorted(strangers)
     unfinished = [rank for rank in footprints if rank not in finished]
     standing = Counter(
         (footprint.last, footprint.counts[footprint.last])
@@ -122,20 +127,49 @@ def suspects(footprints: Mapping[int, Footprint], finished: Collection[int]) -> 
     return missing or unfinished
 
 
+def mismatched(footprints: Mapping[int, Footprint]) -> str:
+    """Say which collectives met that do not belong together; empty if none did."""
+    groups = _issued(footprints)
+    if len(groups) < 2:
+        return ""
+    told = []
+    for ranks in groups:
+        footprint = footprints[ranks[0]]
+        told.append(f"{name_ranks(ranks)} issued {footprint.last}({footprint.on})")
+    return ", ".join(told)
+
+
+def _issued(footprints: Mapping[int, Footprint]) -> list[list[int]]:
+    """Ranks by their last collective, most first, where all stand at one number of operations.
+
+    Empty where they do not, or where some rank's last operation is its own affair.
+    """
+    if len({footprint.sequence for footprint in footprints.values()}) != 1:
+        return []
+    if not all(footprint.on for footprint in footprints.values()):
+        return []
+    groups: dict[str, list[int]] = {}
+    for rank, footprint in footprints.items():
+        groups.setdefault(f"{footprint.last} {footprint.on}", []).append(rank)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
 def tell(
     footprints: Mapping[int, Footprint],
     finished: Collection[int],
     places: Mapping[int, str] | None = None,
 ) -> str:
-    """Say what each rank last did, ranks that did the same together."""
+    """Say what each rank last did, ranks that did the same together, at the first one's place."""
     places = places or {}
     groups: dict[str, list[int]] = {}
     for rank, footprint in footprints.items():
-        what = _doing(footprint, rank in finished)
-        if rank in places and (rank not in finished):
-            what += f", at {places[rank]}"
-        groups.setdefault(what, []).append(rank)
-    return "; ".join(f"{name_ranks(ranks)}: {what}" for what, ranks in groups.items())
+        groups.setdefault(_doing(footprint, rank in finished), []).append(rank)
+    told = []
+    for what, ranks in groups.items():
+        at_work = [rank for rank in ranks if rank in places and rank not in finished]
+        place = places[at_work[0]] if at_work else ""
+        told.append(f"{name_ranks(ranks)}: {what}" + (f", at {place}" if place else ""))
+    return "; ".join(told)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

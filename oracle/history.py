@@ -36,7 +36,7 @@ HISTORIES = {
     "load twice": "f0.w1.w1.f0",
     "checkpoint": "l0.f0.l1.f0.l0.f0",
     "two layers": "f0.o0.f0.o1.f1",
-    "poisoned memory": "f0.p.f0.f1",
+    "poisoned memory": "p.f0.p.f0.f1",
     "padding content": "f0.x1.f0.x2.f0.x3.f0",
     "late ranks": "f0.d0.f0.d1.f0.f1.d1.f0",
     "swap": "a0.g0.f0.a0.f0",

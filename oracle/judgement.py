@@ -299,6 +299,7 @@ class _Judgement:
         output: bool = False,
     ) -> None:
         result = self._compare(observed, truth, output)
+        self.verdict.note(stage, result.worst_ratio)
         self._outside_finding(stage, what, axis, observed, result, proof=False)
 
     def _outside_finding(

@@ -47,10 +47,20 @@ class Answer:
 
 
 class Session:
-    """The live layers of one subject on one rank, through one case."""
+    """The live layers of one subject on one rank, through one case.
 
-    def __init__(self, case: Case, context: RankContext, factory: SubjectFactory) -> None:
+    ``change`` is made to every scenario of the case's history.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        context: RankContext,
+        factory: SubjectFactory,
+        change: Change | None = None,
+    ) -> None:
         self.case, self.context, self._factory = case, context, factory
+        self._change_of_all = change or Change()
         self._answers: list[Answer | None] = []
         self._version = 0
         self._filler = torch.nan if case.padding == "nan" else None
@@ -70,8 +80,10 @@ class Session:
         return self._answers
 
     def close(self) -> None:
-        """Let go of all layers and symmetric memory, once no peer reads this rank's any more."""
-        self._barrier()
+        """Let go of all layers and symmetric memory."""
+        # On a CPU peers have mappings of their own; a barrier would only hide who was missing.
+        if self.context.device.type != "cpu":
+            self._barrier()
         self._layers.clear()
         for group in {self.context.group, None}:
             release_pools(group)
@@ -99,16 +111,17 @@ class Session:
                 self._between(step, steps)
                 continue
             case = other_shape(self.case) if step.kind == "o" else self.case
-            scenario = Scenario(case, self._version, step.number)
+            scenario = Scenario(case, self._version, step.number, self._change_of_all)
             act = f"step {place + 1} of {len(steps)} ({step})" if len(steps) > 1 else ""
             self._forward(case, scenario, act, self._path(step.kind), place == last)
 
     def _build(self, steps: tuple[Step, ...]) -> None:
         """Build all layers before the first capture, which fixes the pool's addresses."""
-        self._layer(self.case, Scenario(self.case, self._version))
+        change = self._change_of_all
+        self._layer(self.case, Scenario(self.case, self._version, change=change))
         if any(step.kind == "o" for step in steps):
             other = other_shape(self.case)
-            self._layer(other, Scenario(other, self._version))
+            self._layer(other, Scenario(other, self._version, change=change))
 
     def _between(self, step: Step, steps: tuple[Step, ...]) -> None:
         """Play a step that is no forward."""
@@ -118,6 +131,7 @@ class Session:
         elif step.kind == "d":
             self._late_rank = number % self.context.world_size
         elif step.kind == "n":
+            self._barrier()
             self.close()
             self._build(steps)
         elif step.kind in "wl":

@@ -12,19 +12,24 @@ from typing import Self
 from twinmoe.optimized.communication.pool_setup import release_pools
 from twinmoe.oracle import breadcrumbs, faults
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.diagnose import diagnosis_of
 from twinmoe.oracle.relations import require_relation
 from twinmoe.oracle.resources import held, left_since
+from twinmoe.oracle.scenario import Change
 from twinmoe.oracle.session import Session
 from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.subject import SUBJECTS
+from twinmoe.oracle.subject_spec import subject_factory
 from twinmoe.oracle.torchrun import TorchrunWorld, open_world
-from twinmoe.oracle.verdict import Verdict
+from twinmoe.oracle.verdict import Finding, Verdict
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
 
 
-def observe_case(context: RankContext, case: Case, subjects: Sequence[str]) -> dict[str, Showing]:
-    """Play the case with each subject on this rank; all forwards are shown."""
+def observe_case(
+    context: RankContext, case: Case, subjects: Sequence[str], change: Change | None = None
+) -> dict[str, Showing]:
+    """Play the case with each subject on this rank, changed if so; all forwards are shown."""
     # Another task's buffers: every rank has answered since, so no peer reads them.
     for group in {context.group, None}:
         release_pools(group)
@@ -32,7 +37,7 @@ def observe_case(context: RankContext, case: Case, subjects: Sequence[str]) -> d
     for name in subjects:
         start, held_before = len(breadcrumbs.journal), held()
         with faults.planted(case if name == "optimized" else replace(case, fault=""), context):
-            session = Session(case, context, SUBJECTS[name])
+            session = Session(case, context, subject_factory(name), change)
             answers, journal = session.play(), tuple(breadcrumbs.journal[start:])
             session.close()
             showings[name] = Showing(tuple(answers), journal, tuple(left_since(held_before)))
@@ -41,18 +46,27 @@ def observe_case(context: RankContext, case: Case, subjects: Sequence[str]) -> d
 
 @dataclass
 class Outcome:
-    """The verdicts on one case, by subject, and what they cost in seconds."""
+    """The verdicts on one case, by subject, and what they cost in seconds.
+
+    ``diagnosis`` names mistakes that explain a failure: see :meth:`Trial.diagnose`.
+    """
 
     case: Case
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     run_seconds: float = 0.0
     judge_seconds: float = 0.0
+    diagnosis: list[str] = field(default_factory=list)
 
     @property
     def equivalent(self) -> bool:
         """Every subject is inside its envelope around the same truth."""
         return all(verdict.equivalent for verdict in self.verdicts.values())
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong with any subject; an inconclusive verdict alone adds nothing."""
+        return [finding for verdict in self.verdicts.values() for finding in verdict.findings]
 
     def explain(self) -> str:
         """The failing subjects' verdicts and the line that replays the case."""
@@ -61,7 +75,10 @@ class Outcome:
             for name, verdict in self.verdicts.items()
             if not verdict.equivalent
         ]
-        return "\n".join([*told, f"  reproduce: twinmoe replay '{self.case}'"])
+        told += [f"  this is what one gets if {mistake}" for mistake in self.diagnosis]
+        plain = [name for name in self.verdicts if name not in SUBJECTS]
+        asked = "".join(f" --subject {name}" for name in plain)
+        return "\n".join([*told, f"  reproduce: twinmoe replay{asked} '{self.case}'"])
 
 
 class Trial:
@@ -94,9 +111,28 @@ class Trial:
         outcome.judge_seconds = time.perf_counter() - observed
         return outcome
 
-    def observe(self, case: Case, subjects: Sequence[str]) -> list[dict[str, Showing]]:
-        """Play ``case`` with each subject; return every rank's showings, unjudged."""
-        return self._world(case.ep_size).run(observe_case, case, tuple(subjects))
+    def diagnose(self, outcome: Outcome) -> None:
+        """Put into ``outcome`` the named mistakes that explain its failures, by one more run."""
+        wrong = [name for name, verdict in outcome.verdicts.items() if not verdict.equivalent]
+        if not wrong:
+            return
+        showings = self.observe(outcome.case, wrong)
+        for name in wrong:
+            outcome.diagnosis += diagnosis_of([showing[name] for showing in showings])
+
+    def observe(
+        self,
+        case: Case,
+        subjects: Sequence[str],
+        change: Change | None = None,
+        ep_size: int | None = None,
+    ) -> list[dict[str, Showing]]:
+        """Play ``case`` with each subject; return every rank's showings, unjudged.
+
+        ``change`` is made to its history, with ``ep_size`` ranks where it asks for others.
+        """
+        world = self._world(ep_size or case.ep_size)
+        return world.run(observe_case, case, tuple(subjects), change)
 
     def close(self) -> None:
         """End all workers."""

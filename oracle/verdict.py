@@ -40,7 +40,8 @@ class Verdict:
     direction in each token that has any, +1 away from zero; ``slots_visible`` of
     ``slots`` contributions are large enough to be seen if they went missing,
     ``slots_distinct`` if the best rival expert took their place;
-    ``ambiguous`` tokens had more than one admissible set of experts.
+    ``ambiguous`` tokens had more than one admissible set of experts.  ``ratios`` holds the
+    worst ratio of each stage that showed what it made, restarted at what was observed before.
     """
 
     contract: RoundingContract
@@ -57,6 +58,11 @@ class Verdict:
     slots_visible: int = 0
     slots_distinct: int = 0
     conclusive: bool = True
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def note(self, stage: str, ratio: float) -> None:
+        """Remember the worst ratio of a stage."""
+        self.ratios[stage] = max(ratio, self.ratios.get(stage, 0.0))
 
     @property
     def equivalent(self) -> bool:
@@ -105,7 +111,11 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
         findings=[finding for verdict in verdicts for finding in verdict.findings],
         worst_ratio=max(verdict.worst_ratio for verdict in verdicts),
         conclusive=all(verdict.conclusive for verdict in verdicts),
+        ratios={},
     )
+    for verdict in verdicts:
+        for stage, ratio in verdict.ratios.items():
+            total.note(stage, ratio)
     for name in _COUNTS:
         setattr(total, name, sum(getattr(verdict, name) for verdict in verdicts))
     return total

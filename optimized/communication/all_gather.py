@@ -38,24 +38,28 @@ def all_gather_kernel(
 
     CTA ``first_ctas[i]`` starts with tensor i: small tensors travel side by side.
     """
-    bases = load_bases(buffer_ptrs, WORLD, THREADS)
-    pads, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
+    bases = load_bases(buffer_ptrs, rank, WORLD)
+    pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
     if LEADING_BARRIER:
         meet(
-            pads, epoch, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
-        )
+            pads, own_pad, epoch, rank, WORLD, THREADS,
+            has_previous_access=True, has_subsequent_access=True,
+        )  # fmt: skip
         epoch += 1
     for i in tl.static_range(len(sources)):
         _push(
-            sources[i], offsets[i], num_lanes[i], first_ctas[i], bases, multicast_ptr, rank,
+            sources[i], offsets[i], num_lanes[i], first_ctas[i], bases, multicast_ptr,
             WORDS[i], BLOCKS[i], WORLD, LEAF,
         )  # fmt: skip
-    meet(pads, epoch, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True)
+    meet(
+        pads, own_pad, epoch, rank, WORLD, THREADS,
+        has_previous_access=True, has_subsequent_access=True,
+    )  # fmt: skip
 
 
 @triton.jit
 def _push(
-    source, offset, num_lanes, first_cta, bases, multicast_ptr, rank,
+    source, offset, num_lanes, first_cta, bases, multicast_ptr,
     WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     turn = (tl.program_id(0) + tl.num_programs(0) - first_cta) % tl.num_programs(0)
@@ -64,7 +68,7 @@ def _push(
         live = lane < num_lanes
         word = lane[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         value = tl.load(source + word, mask=live[:, None], other=0)
-        store_to_all(value, offset, lane, word, live, bases, multicast_ptr, rank, WORLD, LEAF)
+        store_to_all(value, offset, lane, word, live, bases, multicast_ptr, WORLD, LEAF)
 
 
 def all_gather(

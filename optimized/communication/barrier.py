@@ -52,13 +52,13 @@ def signal_pad_barrier(
     released to the peers.  ``has_subsequent_access``: what the peers released may be read, and
     what they have finished reading may be overwritten, by all threads of this CTA.
     """
-    pads, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
-    meet(pads, epoch, rank, WORLD, THREADS, has_previous_access, has_subsequent_access)
+    pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
+    meet(pads, own_pad, epoch, rank, WORLD, THREADS, has_previous_access, has_subsequent_access)
 
 
 @triton.jit
 def load_pads(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
-    """This CTA's row on every rank's pad, [THREADS] pointers, and the epoch of the last meeting.
+    """This CTA's row on all ranks' pads, [THREADS], on its own, and the last meeting's epoch.
 
     Two loads, one after the other: a kernel that has work before its barrier starts them first.
     """
@@ -66,12 +66,13 @@ def load_pads(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr)
     row = tl.program_id(0) * (WORLD + 1)
     pads = tl.load(signal_pad_ptrs + peer, mask=peer < WORLD, other=0)
     own_pad = tl.load(signal_pad_ptrs + rank).to(tl.pointer_type(tl.int32)) + row
-    return pads.to(tl.pointer_type(tl.int32)) + row, tl.load(own_pad + WORLD)
+    return pads.to(tl.pointer_type(tl.int32)) + row, own_pad, tl.load(own_pad + WORLD)
 
 
 @triton.jit
 def meet(
     pads,
+    own_pad,
     epoch,
     rank,
     WORLD: tl.constexpr,
@@ -82,7 +83,6 @@ def meet(
     """`signal_pad_barrier` with what `load_pads` returned; the next epoch is one more."""
     peer = tl.arange(0, THREADS)
     is_peer = peer < WORLD
-    own_pad = tl.sum(tl.where(peer == rank, pads.to(tl.int64), 0)).to(tl.pointer_type(tl.int32))
     epoch += 1
     # All threads have done their accesses, and have read the epoch that is overwritten below,
     # before the one thread per peer signals on behalf of all.

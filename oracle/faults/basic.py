@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -109,3 +110,38 @@ def killed_worker(seams: Seams) -> None:
         return result
 
     seams.around(MoELayer, "forward", killed)
+
+
+@fault(
+    "", "", "the last rank stops before the combine and never goes on", stage="combine",
+    when=on_several_ranks,
+)  # fmt: skip
+def stalled_rank(seams: Seams) -> None:
+    """The last rank sleeps where the others wait for it."""
+
+    def stall(combine: Wrong, *args: Any) -> Tensor:
+        if seams.is_last_rank:
+            time.sleep(3600)
+        result: Tensor = combine(*args)
+        return result
+
+    seams.around(InferenceCUDAGraphTokenDispatcher, "token_combine", stall)
+    seams.around(MoEAlltoAllTokenDispatcher, "token_combine", stall)
+
+
+@fault(
+    "", "", "the last rank gathers where all others reduce", stage="combine",
+    when=gathers,
+)  # fmt: skip
+def mismatched_collective(seams: Seams) -> None:
+    """Two collectives of different kinds meet in one place of the program."""
+
+    def gather(combine: Wrong, self: Any, partial: Tensor) -> Tensor:
+        if seams.is_last_rank:
+            rows = partial.float()[: len(partial) // seams.context.world_size].clone()
+            self.transport.all_gather([rows[:, :1].contiguous()])
+            return rows
+        result: Tensor = combine(self, partial)
+        return result
+
+    seams.around(InferenceCUDAGraphTokenDispatcher, "token_combine", gather)

@@ -3,6 +3,7 @@
 Legend: T tokens of one rank, N rows of a bucket, R ranks, H hidden_size.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -239,7 +240,8 @@ def _full_twice(case: Case) -> bool:
 )
 def mixed_row(seams: Seams) -> None:
     """Every second full bucket of at least 8 rows: half of row 0 is that of row 1."""
-    combines: dict[object, int] = {}
+    # Weakly: a layer that is kept here would keep its memory.
+    combines: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def mix(path: Wrong, layer: Any, hidden_NH: Tensor, num_valid: Tensor | None) -> Tensor:
         routed_NH: Tensor = path(layer, hidden_NH, num_valid)

@@ -21,7 +21,7 @@ def test_nothing_is_left() -> None:
 
 
 def test_mapping_is_left() -> None:
-    """A view of the buffer keeps it mapped, and is told with its size; then it is let go."""
+    """A view of the buffer keeps it mapped, and its file open, until the view goes."""
     before = held()
     memory = CpuSymmetricAllocation(4096, 64)
     mapped = memory.rendezvous(None)
@@ -29,8 +29,10 @@ def test_mapping_is_left() -> None:
     view: torch.Tensor | None = mapped.buffer[:16]
     mapped.close()
     del mapped
-    (text,) = left_since(before)
-    assert text.startswith("8 KiB of /dev/shm/twinmoe-")
+    opened, still_mapped = left_since(before)
+    assert opened.startswith("/dev/shm/twinmoe-")
+    assert opened.endswith("still open after the release")
+    assert still_mapped.startswith("8 KiB of /dev/shm/twinmoe-")
     assert view is not None
     view = None
     assert left_since(before) == []

@@ -13,7 +13,9 @@ from twinmoe.oracle.breadcrumbs import Footprint, Phase, Recorder, Trail
 from twinmoe.oracle.failures import (
     WorkerDied,
     WorkerError,
+    WorkerHang,
     is_secondary,
+    mismatched,
     name_ranks,
     suspects,
     tell,
@@ -78,6 +80,23 @@ def test_a_story_groups_ranks_that_did_the_same() -> None:
         "rank 3: finished after 2 operations (last: scatter); "
         "rank 4: no operation yet"
     )
+
+
+def test_collectives_that_do_not_belong_together_are_told() -> None:
+    """At the same number of operations, another collective than most ranks' is the suspect."""
+    prints = {
+        rank: Footprint(7, Phase.STARTED, name, {name: 1}, on=on)
+        for rank, (name, on) in enumerate(
+            [("scatter", "[4] float32")] * 3 + [("gather", "[8] float32")]
+        )
+    }
+    assert mismatched(prints) == (
+        "ranks 0 to 2 issued scatter([4] float32), rank 3 issued gather([8] float32)"
+    )
+    assert suspects(prints, finished=[0, 1, 2]) == [3]
+    told = str(WorkerHang(suspects(prints, [0, 1, 2]), 2.0, prints, "the rest"))
+    assert told.startswith("rank 3 kept ranks 0 to 2 waiting for 2.0 s\n  ranks 0 to 2 issued")
+    assert not mismatched({0: prints[0], 1: prints[1]})
 
 
 @pytest.mark.parametrize(

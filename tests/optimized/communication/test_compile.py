@@ -1,14 +1,21 @@
 """The multicast kernels compile for a GPU that this machine does not have."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from twinmoe.optimized.communication.eligibility import Refusal, refused_multicast
 
 #: Runs in a process of its own, where Triton is not the interpreter.
 _PROGRAM = """
+import os
+import subprocess
 import sys
+import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -19,7 +26,7 @@ from twinmoe.optimized.communication.reduce_scatter import reduce_scatter_kernel
 assert not INTERPRETED
 common = {"buffer_ptrs": "*i64", "signal_pad_ptrs": "*i64", "multicast_ptr": "i64", "rank": "i32"}
 
-def ptx_of(kernel, signature, constants):
+def compiled(kernel, signature, constants):
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     position = {name: i for i, name in enumerate(kernel.arg_names)}
     aligned = {}
@@ -30,11 +37,28 @@ def ptx_of(kernel, signature, constants):
                 aligned[path] = [["tt.divisibility", 16]]
     constants = {(position[name],): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    return {
+        f"sm_{major}": triton.compile(source, target=GPUTarget("cuda", major, 32)).asm
+        for major in (90, 100)
+    }
+
+def show(title, compiled):
+    for architecture, asm in compiled.items():
+        print("====", architecture, "ptx", title)
+        print(asm["ptx"])
+        print("====", architecture, "sass", title)
+        print(sass_of(asm["cubin"]))
+
+def sass_of(cubin):
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.path.join(tools, "nvdisasm"), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 for leaf in (0, 1):
-    print("==== all_gather", leaf)
-    print(ptx_of(
+    show(f"all_gather {leaf}", compiled(
         all_gather_kernel,
         common | {
             "sources": ("*i64",) * 2, "offsets": ("i64",) * 2, "num_lanes": ("i32",) * 2,
@@ -43,8 +67,7 @@ for leaf in (0, 1):
         dict(WORDS=(2, 1), BLOCKS=(512, 128), WORLD=4, THREADS=4, LEAF=leaf, LEADING_BARRIER=True),
     ))
     for dtype, elements in ((tl.float32, 4), (tl.float32, 2), (tl.bfloat16, 8), (tl.float16, 4)):
-        print("==== reduce_scatter", leaf, dtype, elements)
-        print(ptx_of(
+        show(f"reduce_scatter {leaf} {dtype} {elements}", compiled(
             reduce_scatter_kernel,
             common | {"out": "*fp32", "offset": "i64", "num_lanes": "i32"},
             dict(DTYPE=dtype, ELEMENTS=elements, BLOCK=128, WORLD=4, THREADS=4, LEAF=leaf),
@@ -52,9 +75,12 @@ for leaf in (0, 1):
 """
 
 
+ARCHITECTURES = ("sm_90", "sm_100")
+
+
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
-    """PTX of each kernel, by its name, leaf and lane, without the lines that name sources."""
+def listings(tmp_path_factory):
+    """PTX and SASS by architecture, kernel, leaf and lane, without lines that name sources."""
     cache = str(tmp_path_factory.mktemp("triton-cache"))
     program = tmp_path_factory.mktemp("program") / "compile_kernels.py"
     program.write_text(_PROGRAM)
@@ -68,27 +94,28 @@ def ptx(tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    sections = done.stdout.split("==== ")[1:]
-    listings = {}
-    for section in sections:
+    found = {}
+    for section in done.stdout.split("==== ")[1:]:
         title, _, body = section.partition("\n")
         lines = (line.strip() for line in body.splitlines())
-        listings[title] = "\n".join(x for x in lines if not x.startswith((".loc", ".file")))
-    return listings
+        found[title] = "\n".join(x for x in lines if not x.startswith((".loc", ".file")))
+    return found
 
 
-def test_multicast_stores_are_128_and_64_bits_wide(ptx):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_multicast_stores_are_128_and_64_bits_wide(listings, architecture):
     """One instruction per lane reaches all peers; no store to a peer is left."""
-    listing = ptx["all_gather 1"]
-    assert "multimem.st.relaxed.sys.global.v4.f32" in listing
-    assert "multimem.st.relaxed.sys.global.b64" in listing
-    assert "st.global.v2.b64" not in listing
+    ptx = listings[f"{architecture} ptx all_gather 1"]
+    assert "multimem.st.relaxed.sys.global.v4.f32" in ptx
+    assert "multimem.st.relaxed.sys.global.b64" in ptx
+    assert "st.global.v2.b64" not in ptx
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("lane", "instruction"),
     [
@@ -98,23 +125,55 @@ def test_multicast_stores_are_128_and_64_bits_wide(ptx):
         ("fp16 4", "add.acc::f32.v2.f16x2"),
     ],
 )
-def test_multicast_sums_accumulate_in_fp32(ptx, lane, instruction):
+def test_multicast_sums_accumulate_in_fp32(listings, architecture, lane, instruction):
     """16-bit operands are added with .acc::f32, never in their own precision."""
-    listing = ptx[f"reduce_scatter 1 {lane}"]
-    assert f"multimem.ld_reduce.relaxed.sys.global.{instruction}" in listing
+    ptx = listings[f"{architecture} ptx reduce_scatter 1 {lane}"]
+    assert f"multimem.ld_reduce.relaxed.sys.global.{instruction}" in ptx
 
 
-def test_peer_to_peer_moves_whole_lanes_without_multicast(ptx):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kernel", "instruction"),
+    [
+        ("all_gather", r"\bSTG\.E\.128\S*\.SYS|\bSTG\.E\.128"),
+        ("reduce_scatter", r"\bLDGMC\S*\.ADD\S*"),
+    ],
+)
+def test_multicast_instructions_survive_assembly(listings, architecture, kernel, instruction):
+    """The assembler has machine code for them: sums load through the multicast unit (LDGMC)."""
+    lane = " bf16 8" if kernel == "reduce_scatter" else ""
+    sass = listings[f"{architecture} sass {kernel} 1{lane}"]
+    assert re.search(instruction, sass), sass[:2000]
+    if kernel == "reduce_scatter":
+        assert "LDGMC" not in listings[f"{architecture} sass {kernel} 0{lane}"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_peer_to_peer_moves_whole_lanes_without_multicast(listings, architecture):
     """The same body with the other leaf: 128-bit accesses, no multimem instruction."""
-    assert "st.global.v2.b64" in ptx["all_gather 0"]
-    assert "ld.global.v4.b32" in ptx["reduce_scatter 0 fp32 4"]
-    assert "ld.global.v4.b32" in ptx["reduce_scatter 0 bf16 8"]
+    ptx = {t: text for t, text in listings.items() if t.startswith(f"{architecture} ptx")}
+    prefix = f"{architecture} ptx"
+    assert "st.global.v2.b64" in ptx[f"{prefix} all_gather 0"]
+    assert "ld.global.v4.b32" in ptx[f"{prefix} reduce_scatter 0 fp32 4"]
+    assert "ld.global.v4.b32" in ptx[f"{prefix} reduce_scatter 0 bf16 8"]
     assert all("multimem." not in text for title, text in ptx.items() if " 0" in title)
 
 
-def test_the_barrier_is_system_wide_with_one_atomic_per_thread(ptx):
+def test_the_barrier_is_system_wide_with_one_atomic_per_thread(listings):
     """Release on the way out, acquire on the way in; no compare-and-swap."""
-    for listing in ptx.values():
-        assert "atom.global.sys.release.exch.b32" in listing
-        assert "atom.global.sys.acquire.add.u32" in listing
-        assert ".cas." not in listing
+    for title, listing in listings.items():
+        if " ptx " in title:
+            assert "atom.global.sys.release.exch.b32" in listing
+            assert "atom.global.sys.acquire.add.u32" in listing
+            assert ".cas." not in listing
+
+
+def test_multicast_is_open_only_to_memory_that_has_an_address_for_it(monkeypatch):
+    """On a capable GPU a zero multicast pointer closes the tier, whatever else is there."""
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    assert refused_multicast(cuda, 0, emulate=False) is Refusal.MULTICAST_UNAVAILABLE
+    assert refused_multicast(cuda, 0, emulate=True) is Refusal.MULTICAST_UNAVAILABLE
+    assert refused_multicast(cuda, 4096, emulate=False) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    assert refused_multicast(cuda, 4096, emulate=False) is Refusal.COMPUTE_CAPABILITY

@@ -1,0 +1,201 @@
+"""The file: safetensors, whose header says what it is, which format, and proves its content.
+
+Tensors are named ``case.forward.name``.  The header's metadata has four strings: ``format``,
+``version``, ``content`` (JSON) and ``digest``, a SHA-256 of the content and every tensor.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from twinmoe.oracle.case import Case, CaseError, ConfigError
+from twinmoe.oracle.golden.content import NORM, SHOWN, Figures, Forward, Golden, Recorded
+from twinmoe.oracle.golden.norm import tensors_digest
+
+FORMAT = "twinmoe golden"
+
+#: Rises whenever a file of before would be read wrongly.
+VERSION = 1
+
+_METADATA = ("format", "version", "content", "digest")
+
+
+class GoldenError(ValueError):
+    """A golden file that cannot be used, here or anywhere: what, why and the remedy."""
+
+
+def save(golden: Golden, path: Path) -> None:
+    """Write ``golden``; the same recording gives the same content and digest."""
+    tensors = {
+        f"{number}.{place}.{name}": tensor.contiguous()
+        for number, recorded in enumerate(golden.cases)
+        for place, forward in enumerate(recorded.forwards)
+        for name, tensor in forward.tensors.items()
+    }
+    content = json.dumps(
+        {
+            "environment": dict(golden.environment),
+            "cases": [_as_json(recorded) for recorded in golden.cases],
+        },
+        sort_keys=True,
+    )
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "content": content,
+        "digest": _digest(content, tensors),
+    }
+    path.write_bytes(save_tensors(tensors, metadata))
+
+
+def load(path: Path) -> Golden:
+    """Read a golden file; raises GoldenError for one that is not, or not whole."""
+    refuse = _Refusal(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise refuse("cannot be read", str(error.strerror), "name a file that was recorded") from None
+    metadata = _metadata(data, refuse)
+    try:
+        tensors = load_tensors(data)
+    except Exception as error:  # safetensors has classes of its own for each kind of damage
+        raise refuse("is damaged", f"its tensors cannot be read ({error})", _AGAIN) from None
+    content = metadata["content"]
+    if _digest(content, tensors) != metadata["digest"]:
+        raise refuse(
+            "is damaged", "its content is not what its digest was made of: bits changed", _AGAIN
+        )
+    try:
+        return _golden(json.loads(content), tensors)
+    except (CaseError, ConfigError) as error:
+        told = f"a case of it means nothing to this version ({error})"
+        raise refuse("cannot be used", told, "record it again with this version") from None
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"it lacks a part ({type(error).__name__}: {error})"
+        raise refuse("is incomplete", told, "record it again with twinmoe golden record") from None
+
+
+_AGAIN = "copy it again from where it was recorded"
+
+
+class _Refusal:
+    """Words a GoldenError about one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, what: str, why: str, remedy: str) -> GoldenError:
+        return GoldenError(f"golden file ({self._path}) {what}: {why}; {remedy}")
+
+
+def _metadata(data: bytes, refuse: Callable[[str, str, str], GoldenError]) -> dict[str, str]:
+    """The header's strings, once header and size show a whole file of ours in this format."""
+    if not data:
+        raise refuse("is empty", "not even a header was written", _AGAIN)
+    length = int.from_bytes(data[:8], "little")
+    foreign = "record one with twinmoe golden record"
+    if len(data) < 10 or data[8:9] != b"{":
+        raise refuse("is no safetensors file", "it does not begin with such a header", foreign)
+    if len(data) < 8 + length:
+        told = f"its header has {length} bytes, of which {len(data) - 8} are there"
+        raise refuse("is truncated", told, _AGAIN)
+    try:
+        header = json.loads(data[8 : 8 + length])
+        metadata = header.pop("__metadata__", {})
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise refuse("is damaged", "its header cannot be read", _AGAIN) from None
+    if metadata.get("format") != FORMAT:
+        told = f"a safetensors file of {len(header)} tensors that does not call itself one"
+        raise refuse("is no golden file", told, foreign)
+    _check_version(metadata.get("version", ""), refuse)
+    if missing := [name for name in _METADATA if name not in metadata]:
+        raise refuse("is incomplete", f"its header lacks {', '.join(missing)}", foreign)
+    if (there := len(data) - 8 - length) != end:
+        what = "is truncated" if there < end else "has something appended"
+        raise refuse(what, f"its tensors have {end} bytes, the file {there} for them", _AGAIN)
+    return dict(metadata)
+
+
+def _check_version(version: str, refuse: Callable[[str, str, str], GoldenError]) -> None:
+    if version == str(VERSION):
+        return
+    if version.isdecimal() and int(version) > VERSION:
+        raise refuse(
+            "is of a newer format",
+            f"format {version}, while this version of twinmoe reads {VERSION}",
+            "use the twinmoe that recorded it, or a later one",
+        )
+    told = f"format {version!r}, while this version of twinmoe reads {VERSION}"
+    raise refuse("has an unknown format", told, "record it again with this version")
+
+
+def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
+    seen = hashlib.sha256(f"{FORMAT} {VERSION}\n{content}\n".encode())
+    seen.update(tensors_digest(sorted(tensors.items())).encode())
+    return seen.hexdigest()
+
+
+# --- between values and JSON ------------------------------------------------------------------
+
+
+def _as_json(recorded: Recorded) -> dict[str, Any]:
+    return {
+        "case": str(recorded.case),
+        "figures": asdict(recorded.figures),
+        "forwards": [
+            {
+                "path": forward.path,
+                "contract": forward.contract,
+                "points": forward.points,
+                "tokens": forward.tokens,
+                "digests": forward.digests,
+                "shown": [name for name in SHOWN if name in forward.tensors],
+            }
+            for forward in recorded.forwards
+        ],
+    }
+
+
+def _golden(content: Any, tensors: dict[str, Tensor]) -> Golden:
+    """The value; raises KeyError, TypeError or ValueError where a part is missing or odd."""
+    cases = []
+    for number, told in enumerate(content["cases"]):
+        case = Case.parse(told["case"])
+        forwards = tuple(
+            _forward(case, forward, f"{number}.{place}", tensors)
+            for place, forward in enumerate(told["forwards"])
+        )
+        if len(forwards) != sum(step.is_forward for step in case.steps()):
+            raise ValueError(f"case {number} has {len(forwards)} forwards, its line others")
+        cases.append(Recorded(case, forwards, Figures(**told["figures"])))
+    if tensors:
+        raise ValueError(f"tensors {', '.join(sorted(tensors)[:3])} belong to no case")
+    return Golden(tuple(cases), content["environment"])
+
+
+def _forward(case: Case, told: Any, prefix: str, tensors: dict[str, Tensor]) -> Forward:
+    names = (*NORM, *told["shown"])
+    own = {name: tensors.pop(f"{prefix}.{name}") for name in names}
+    tokens = tuple(told["tokens"])
+    for name, tensor in own.items():
+        wide = name not in ("ids", "weights")
+        width = case.config.hidden_size if wide else case.config.num_experts_per_tok
+        if tensor.shape != torch.Size((sum(tokens), width)):
+            raise ValueError(f"tensor {prefix}.{name} has shape {tuple(tensor.shape)}")
+    return Forward(
+        path=told["path"],
+        contract=told["contract"],
+        points=told["points"],
+        tokens=tokens,
+        digests=told["digests"],
+        tensors=own,
+    )

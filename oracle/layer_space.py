@@ -1,0 +1,108 @@
+"""Which of all layers, and which stories around them, one's own implementation can run.
+
+A drawn case is made to fit, not thrown away: settings that an implementation does not read
+take their neutral values, so that every draw is a trial.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.relations import RELATIONS
+from twinmoe.reference.config import MoEConfig
+
+Narrow = Callable[[MoEConfig], MoEConfig]
+Factory = TypeVar("Factory", bound=Callable[..., object])
+
+#: Settings that every layer has.
+SIZES = (
+    *("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    *("dtype", "router_dtype"),
+)
+
+#: Settings of which one value is legal.
+_CONSTANT = (
+    *("expert_tensor_parallel_size", "moe_expert_capacity_factor"),
+    "moe_pad_expert_input_to_capacity",
+)
+
+#: Settings that an implementation may or may not read: what a layer *means*.
+SEMANTICS = tuple(
+    field.name for field in fields(MoEConfig) if field.name not in (*SIZES, *_CONSTANT)
+)
+
+#: Steps of a history that ask nothing of a layer but forwards.
+_STEPS = "fdn"
+
+_ATTRIBUTE = "__twinmoe_narrow__"
+
+
+def neutral(config: MoEConfig, *, reads: tuple[str, ...] = (), **fixed: Any) -> MoEConfig:
+    """``config`` with every setting of meaning at its default, but for ``reads`` and ``fixed``.
+
+    The defaults are Mixtral's: softmax, renormalised weights, SwiGLU, no groups, no shared
+    expert.  ``reads`` names the settings that stay as drawn.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    settings = {name: defaults[name] for name in SEMANTICS if name not in reads}
+    return replace(config, **(settings | fixed))
+
+
+def runs(narrow: Narrow) -> Callable[[Factory], Factory]:
+    """Declare what a factory's layers run: ``narrow`` takes any config to one of those.
+
+    ``narrow(narrow(c)) == narrow(c)``; a factory without a declaration gets ``neutral``.
+    """
+
+    def declare(factory: Factory) -> Factory:
+        setattr(factory, _ATTRIBUTE, narrow)
+        return factory
+
+    return declare
+
+
+def narrow_of(factory: Callable[..., object]) -> Narrow:
+    """What a factory declared with :func:`runs`."""
+    narrow: Narrow = getattr(factory, _ATTRIBUTE, neutral)
+    return narrow
+
+
+def fitted(case: Case, narrow: Narrow) -> Case:
+    """``case`` as one that a plain layer of ``narrow`` can be asked: its only path, its settings.
+
+    Of a history the forwards, late ranks and new starts are left; a relation stays if the
+    changed layers are of that space too.
+    """
+    config = narrow(case.config)
+    plain = replace(
+        case,
+        config=config,
+        transport="alltoall",
+        mode="eager",
+        backend="auto",
+        wire="fp32",
+        bias=case.bias if config.use_correction_bias and case.bias != "nan" else "mixed",
+        padding="stale",
+        history=_played(case.history),
+        relation="",
+    )
+    if not case.relation:
+        return plain
+    relation = RELATIONS[case.relation]
+    if not relation.applies(plain):
+        return plain
+    changed = [change.config(config) for change in relation.changes(plain)]
+    return replace(plain, relation=case.relation) if all(narrow(c) == c for c in changed) else plain
+
+
+def _played(history: str) -> str:
+    words = [word for word in history.split(".") if word and word[0] in _STEPS]
+    return ".".join(words) if len(words) > 1 else ""
+
+
+def standing_still(configs: Collection[MoEConfig]) -> str:
+    """Say at which values settings stood still: what a check of these layers says nothing about."""
+    seen = {name: {getattr(config, name) for config in configs} for name in SEMANTICS}
+    still = [f"{name}={next(iter(values))}" for name, values in seen.items() if len(values) == 1]
+    return "not drawn, so not judged at other values: " + ", ".join(still)

@@ -1,0 +1,58 @@
+"""``--subject``: what the commands share that judge somebody else's layer."""
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from twinmoe.oracle.check import Summary
+from twinmoe.oracle.layer_space import standing_still
+from twinmoe.oracle.subject_spec import PlainName
+from twinmoe.reference.config import ConfigError
+
+#: A layer of one path has few cells, so it gets so many more random cases in each.
+MORE_CASES = 10
+
+subject_option = click.option(
+    "--subject", default=None, metavar="MODULE:FACTORY",
+    help="Judge this layer instead: package.module:factory or file.py:factory.",
+)  # fmt: skip
+
+
+def plain_name(text: str | None) -> PlainName | None:
+    """The layer that ``--subject`` names; raises ConfigError if it cannot be imported."""
+    return None if text is None else PlainName(text)
+
+
+def asked_of_subject(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a check as they are for anyone's layer, which has one path.
+
+    It is run by one rank, unless ``--ep`` says otherwise.  Raises ConfigError for options that
+    choose between paths of our own.
+    """
+    if options["subject"] is None:
+        return options
+    for name in ("transport", "mode"):
+        if _given(name):
+            raise ConfigError(
+                f"--{name} ({options[name]}) chooses between this project's own paths, of which "
+                f"{options['subject']} has none: drop --{name} or --subject"
+            )
+    ranks = options["ep"] if _given("ep") else [1]
+    return options | {"ep": ranks, "transport": "alltoall", "mode": ["eager"]}
+
+
+def _given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not ParameterSource.DEFAULT
+
+
+def not_judged(summary: Summary) -> str:
+    """Say what a check of anyone's layer left open: its last words."""
+    still = standing_still(summary.configs)
+    if not summary.undecided:
+        return still
+    return (
+        f"{summary.undecided} of {summary.cases} cases undecided: scores nearly tie, and the layer "
+        f"shows no expert ids; return (out, Taps(ids_TK=...)) to have them judged\n{still}"
+    )

@@ -1,0 +1,112 @@
+"""Subjects by name: our twins, or ``package.module:factory`` of anyone's layer.
+
+A name travels to the workers, and each of them imports it for itself.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.layer_space import fitted, narrow_of
+from twinmoe.oracle.plain_layer import LayerFactory, PlainSubject
+from twinmoe.oracle.subject import SUBJECTS, SubjectFactory
+from twinmoe.reference.config import ConfigError
+
+_FORM = "write package.module:factory or path/to/file.py:factory"
+
+
+@dataclass(frozen=True)
+class PlainName:
+    """Anyone's layer by name; importable here, as it will be in every worker."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        load_factory(self.text)
+
+    def fit(self, case: Case) -> Case:
+        """``case`` as one that the layer can be asked: see :func:`fitted`."""
+        return fitted(case, narrow_of(load_factory(self.text)))
+
+
+def subject_factory(name: str) -> SubjectFactory:
+    """The twin, or the adapter around anyone's layer, that ``name`` stands for.
+
+    Raises ConfigError as :func:`load_factory` does.
+    """
+    if name in SUBJECTS:
+        return SUBJECTS[name]
+    return partial(PlainSubject, name, load_factory(name))
+
+
+def load_factory(name: str) -> LayerFactory:
+    """Import the factory that ``name`` stands for.
+
+    Raises ConfigError for a name that is none, a module that is not found or fails to import,
+    and an attribute that is missing or cannot be called.
+    """
+    module_name, colon, attribute = name.rpartition(":")
+    if not colon or not module_name or not attribute.isidentifier():
+        known = " or ".join(SUBJECTS)
+        raise ConfigError(f"subject ({name!r}) is no name of a layer: {_FORM}, or use {known}")
+    module = _imported(name, module_name)
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ConfigError(
+            f"subject ({name!r}): {module_name} has no {attribute!r}; it defines "
+            f"{', '.join(_own_callables(module)) or 'nothing that can be called'}: correct the name"
+        )
+    if not callable(factory):
+        raise ConfigError(
+            f"subject ({name!r}): {attribute!r} is {type(factory).__name__}, which cannot be "
+            "called: give a function of (config, weights, place) that returns a layer"
+        )
+    loaded: LayerFactory = factory
+    return loaded
+
+
+def spec_of(factory: str | Callable[..., Any]) -> str:
+    """The name of a factory, by which another process finds it; a name is its own."""
+    if isinstance(factory, str):
+        return factory
+    file = getattr(sys.modules.get(factory.__module__), "__file__", None)
+    if file is None or not factory.__qualname__.isidentifier():
+        raise ConfigError(
+            f"subject ({factory!r}) has no name that a worker could import: define it at the top "
+            "of a module or file"
+        )
+    return f"{file}:{factory.__qualname__}"
+
+
+def _imported(name: str, module_name: str) -> ModuleType:
+    # A file is imported as ``python file.py`` would: its folder is where it finds its siblings.
+    path = Path(module_name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise ConfigError(f"subject ({name!r}): there is no file {path}; {_FORM}")
+        module_name, folder = path.stem, str(path.resolve().parent)
+    else:
+        folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:  # whatever a module of somebody's stumbles over
+        raise ConfigError(
+            f"subject ({name!r}) cannot be imported ({type(error).__name__}: {error}): {_FORM}, "
+            f"as seen from {Path.cwd()}"
+        ) from error
+
+
+def _own_callables(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    ]
