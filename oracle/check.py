@@ -54,6 +54,11 @@ class Plan:
         # what a layer cannot be asked makes some of them equal
         return list({str(case): (name, case) for name, case in corners}.values())
 
+    @property
+    def asked(self) -> str:
+        """The subject as an option on a command line, with a blank before it."""
+        return "" if self.subject is None else f" --subject {self.subject.text}"
+
     def fit(self, case: Case) -> Case:
         """``case`` as one that the subject can be asked."""
         return case if self.subject is None else self.subject.fit(case)

@@ -23,6 +23,7 @@ from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults_cli import faults
+from twinmoe.oracle.golden_cli import golden
 from twinmoe.oracle.strategies import EP_SIZES, Cell
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_cli import (
@@ -280,6 +281,7 @@ def contracts(dtype: str) -> None:
 main.add_command(bench)
 main.add_command(calibrate)
 main.add_command(faults)
+main.add_command(golden)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ would be true, or to None where the mistake changes nothing.
 Legend: F rows of w13, I moe_intermediate_size, R ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.envelope import Enclosure, Grade
-from twinmoe.oracle.rounding import FORMATS
+from twinmoe.oracle.rounding import FORMATS, Format
 from twinmoe.oracle.routing import RoutingTruth
 from twinmoe.oracle.truth import Truth
 from twinmoe.reference.config import ConfigError, MoEConfig
@@ -212,17 +212,21 @@ def _shared_by_all(right: Supposed) -> Supposed | None:
 # --- roundings that the contract does not declare -----------------------------------------
 
 
+def _declared(right: Supposed, points: Mapping[str, Format | None]) -> Supposed:
+    return replace(right, contract=replace(right.contract, **points))  # type: ignore[arg-type]
+
+
 def _stored(point: str) -> Rule:
     def rule(right: Supposed) -> Supposed:
         narrow = FORMATS[right.config.dtype]
-        return replace(right, contract=replace(right.contract, **{point: narrow}))
+        return _declared(right, {point: narrow})
 
     return rule
 
 
 def _kept(*points: str) -> Rule:
     def rule(right: Supposed) -> Supposed:
-        return replace(right, contract=replace(right.contract, **dict.fromkeys(points)))
+        return _declared(right, dict.fromkeys(points))
 
     return rule
 

@@ -44,7 +44,7 @@ def neutral(config: MoEConfig, *, reads: tuple[str, ...] = (), **fixed: Any) -> 
     The defaults are Mixtral's: softmax, renormalised weights, SwiGLU, no groups, no shared
     expert.  ``reads`` names the settings that stay as drawn.
     """
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(config)}
     settings = {name: defaults[name] for name in SEMANTICS if name not in reads}
     return replace(config, **(settings | fixed))
 

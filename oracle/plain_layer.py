@@ -87,15 +87,18 @@ class PlainSubject:
     def observe(self, hidden_TH: Tensor, _call: Call) -> RankObservation:
         """Run one forward; raises LayerError for an answer that is none."""
         with torch.no_grad():
-            answer = self._layer.forward(hidden_TH)
-        output_TH, taps = answer if isinstance(answer, tuple) else (answer, Taps())
-        if not isinstance(output_TH, Tensor) or not isinstance(taps, Taps):
-            kinds = (output_TH, taps) if isinstance(answer, tuple) else (answer,)
-            raise LayerError(
-                f"forward of {self._name} returned {', '.join(type(part).__name__ for part in kinds)}"
-                ": the judge compares rows; return a tensor [tokens, hidden_size], or that and Taps"
-            )
-        return RankObservation(output_TH, taps, f"eager: {self._name}, own experts")
+            answer: object = self._layer.forward(hidden_TH)
+        path = f"eager: {self._name.rpartition('/')[2]}, own experts"
+        match answer:
+            case Tensor() as output_TH:
+                return RankObservation(output_TH, Taps(), path)
+            case (Tensor() as output_TH, Taps() as taps):
+                return RankObservation(output_TH, taps, path)
+        parts = answer if isinstance(answer, tuple) else (answer,)
+        raise LayerError(
+            f"forward of {self._name} returned {', '.join(type(part).__name__ for part in parts)}: "
+            "the judge compares rows; return a tensor [tokens, hidden_size], or that and Taps"
+        )
 
 
 def require_layer(name: str, layer: object) -> None:

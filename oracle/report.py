@@ -120,7 +120,7 @@ def failures(summary: Summary) -> list[str]:
             case, failure = result.worker_failure
             told.append(
                 f"{result.cell}: {type(failure).__name__}: {failure}\n"
-                f"  reproduce: twinmoe replay '{case}'"
+                f"  reproduce: twinmoe replay{summary.plan.asked} '{case}'"
             )
         if result.failure is not None:
             text = f"{result.cell}: {result.failure.explain()}"

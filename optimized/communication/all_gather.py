@@ -38,7 +38,7 @@ def all_gather_kernel(
 
     CTA ``first_ctas[i]`` starts with tensor i: small tensors travel side by side.
     """
-    bases = load_bases(buffer_ptrs, rank, WORLD)
+    bases = load_bases(buffer_ptrs, WORLD, THREADS)
     pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
     if LEADING_BARRIER:
         meet(
@@ -48,7 +48,7 @@ def all_gather_kernel(
         epoch += 1
     for i in tl.static_range(len(sources)):
         _push(
-            sources[i], offsets[i], num_lanes[i], first_ctas[i], bases, multicast_ptr,
+            sources[i], offsets[i], num_lanes[i], first_ctas[i], bases, multicast_ptr, rank,
             WORDS[i], BLOCKS[i], WORLD, LEAF,
         )  # fmt: skip
     meet(
@@ -59,7 +59,7 @@ def all_gather_kernel(
 
 @triton.jit
 def _push(
-    source, offset, num_lanes, first_cta, bases, multicast_ptr,
+    source, offset, num_lanes, first_cta, bases, multicast_ptr, rank,
     WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     turn = (tl.program_id(0) + tl.num_programs(0) - first_cta) % tl.num_programs(0)
@@ -68,7 +68,7 @@ def _push(
         live = lane < num_lanes
         word = lane[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         value = tl.load(source + word, mask=live[:, None], other=0)
-        store_to_all(value, offset, lane, word, live, bases, multicast_ptr, WORLD, LEAF)
+        store_to_all(value, offset, lane, word, live, bases, multicast_ptr, rank, WORLD, LEAF)
 
 
 def all_gather(

@@ -32,37 +32,25 @@ _MULTICAST_EMULATED = tl.constexpr(int(Leaf.MULTICAST_EMULATED))
 
 
 @triton.jit
-def load_bases(buffer_ptrs, first, WORLD: tl.constexpr):
-    """All ranks' base addresses, from rank ``first`` on and round again: before anything waits.
+def load_bases(buffer_ptrs, WORLD: tl.constexpr, THREADS: tl.constexpr):
+    """All ranks' base addresses, [THREADS], in registers.
 
     Loaded where they are needed, each would cost its own round trip to memory, one after the
-    other, since no load passes the store or the barrier before it.
+    other, since no load passes the store before it.
     """
-    bases = (tl.load(buffer_ptrs + first % WORLD),)
-    for step in tl.static_range(1, WORLD):
-        bases = bases + (tl.load(buffer_ptrs + (first + step) % WORLD),)  # noqa: RUF005 - Triton
-    return bases
-
-
-@triton.jit
-def first_source(rank, LEAF: tl.constexpr):
-    """The rank at which `sum_from_all` begins."""
-    if LEAF == _MULTICAST_EMULATED:
-        return rank
-    else:  # noqa: RET505
-        return rank * 0
+    peer = tl.arange(0, THREADS)
+    return tl.load(buffer_ptrs + peer, mask=peer < WORLD, other=0)
 
 
 @triton.jit
 def store_to_all(
-    value, offset, lane, element, live, bases, multicast_ptr,
+    value, offset, lane, element, live, bases, multicast_ptr, rank,
     WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of words at byte ``offset`` of every rank's buffer.
 
     ``value`` and ``element`` (word numbers) are [BLOCK, words per lane]; ``lane`` and ``live``
-    are [BLOCK] lane numbers and mask.  ``bases`` start at the own rank: all ranks storing to
-    rank 0 first would jam its links.
+    are [BLOCK] lane numbers and mask.
     """
     WORDS: tl.constexpr = value.shape[1]
     if LEAF == _MULTICAST:
@@ -71,46 +59,46 @@ def store_to_all(
         _multimem_store(value, address, live)
     else:
         for step in tl.static_range(WORLD):
-            peer = _lanes_of(bases[step], offset, value.dtype, WORDS)
+            # Start at the own rank: all ranks storing to rank 0 first would jam its links.
+            peer = _lanes_of((rank + step) % WORLD, offset, bases, value.dtype, WORDS)
             tl.store(peer + element, value, mask=live[:, None])
 
 
 @triton.jit
 def sum_from_all(
-    offset, lane, element, live, bases, multicast_ptr,
+    offset, lane, element, live, bases, multicast_ptr, rank,
     DTYPE: tl.constexpr, WORLD: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """fp32 sums over ranks of a tile at byte ``offset``; shapes as in `store_to_all`.
-
-    ``bases`` start at `first_source`.
-    """
+    """fp32 sums over ranks of a tile at byte ``offset``; shapes as in `store_to_all`."""
     ELEMENTS: tl.constexpr = element.shape[1]
     if LEAF == _MULTICAST:
         width: tl.constexpr = ELEMENTS * DTYPE.primitive_bitwidth // 8
         address = multicast_ptr.to(tl.int64) + offset + lane.to(tl.int64) * width
         return _multimem_load_reduce(address, live, DTYPE, ELEMENTS)
     else:  # noqa: RET505 - the compiler needs both returns in one constexpr branch
-        total = _load_from(bases[0], offset, element, live, DTYPE)
+        first = rank if LEAF == _MULTICAST_EMULATED else 0
+        total = _load_from(first, offset, element, live, bases, DTYPE)
         for step in tl.static_range(1, WORLD):
-            total += _load_from(bases[step], offset, element, live, DTYPE)
+            total += _load_from((first + step) % WORLD, offset, element, live, bases, DTYPE)
         if LEAF == _MULTICAST_EMULATED:
             total = to_fp32(round_to(total, DTYPE))
         return total
 
 
 @triton.jit
-def _load_from(base, offset, element, live, DTYPE: tl.constexpr):
+def _load_from(peer, offset, element, live, bases, DTYPE: tl.constexpr):
     ELEMENTS: tl.constexpr = element.shape[1]
-    lanes = _lanes_of(base, offset, DTYPE, ELEMENTS)
+    lanes = _lanes_of(peer, offset, bases, DTYPE, ELEMENTS)
     return to_fp32(tl.load(lanes + element, mask=live[:, None], other=0.0))
 
 
 @triton.jit
-def _lanes_of(base, offset, DTYPE: tl.constexpr, PER_LANE: tl.constexpr):
+def _lanes_of(peer, offset, bases, DTYPE: tl.constexpr, PER_LANE: tl.constexpr):
     # The packing aligns every slice to its lanes; the compiler cannot know that of an address
     # from memory, and would move single words.
     width: tl.constexpr = PER_LANE * DTYPE.primitive_bitwidth // 8
-    address = base + offset
+    is_peer = tl.arange(0, bases.shape[0]) == peer
+    address = tl.sum(tl.where(is_peer, bases, 0)) + offset
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), width)
 
 

@@ -11,7 +11,7 @@ arrived.  Nothing stands at the end; see ``order.py`` for when that is safe.
 import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
-from twinmoe.optimized.communication.multimem import Leaf, first_source, load_bases, sum_from_all
+from twinmoe.optimized.communication.multimem import Leaf, load_bases, sum_from_all
 from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run, sizes
@@ -40,15 +40,17 @@ def reduce_scatter_kernel(
     WORLD: tl.constexpr, THREADS: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Sum ``num_lanes`` lanes at byte ``offset`` of all buffers into fp32 ``out``."""
-    bases = load_bases(buffer_ptrs, first_source(rank, LEAF), WORLD)
     signal_pad_barrier(
         signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
     )
+    bases = load_bases(buffer_ptrs, WORLD, THREADS)
     for start in range(tl.program_id(0) * BLOCK, num_lanes, tl.num_programs(0) * BLOCK):
         lane = start + tl.arange(0, BLOCK)
         live = lane < num_lanes
         element = lane[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, :]
-        total = sum_from_all(offset, lane, element, live, bases, multicast_ptr, DTYPE, WORLD, LEAF)
+        total = sum_from_all(
+            offset, lane, element, live, bases, multicast_ptr, rank, DTYPE, WORLD, LEAF
+        )
         tl.store(out + element, total, mask=live[:, None])
 
 

@@ -4,7 +4,7 @@ The norm in a golden file is the fp64 truth with its interval, never a low-preci
 those are kept only to tell which bits changed.
 """
 
-from twinmoe.oracle.golden.compare import Comparison, Compared, Target, compare
+from twinmoe.oracle.golden.compare import Compared, Comparison, Target, compare
 from twinmoe.oracle.golden.content import Figures, Forward, Golden, Recorded
 from twinmoe.oracle.golden.draw import drawn_cases
 from twinmoe.oracle.golden.file import GoldenError, load, save

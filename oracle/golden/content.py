@@ -20,8 +20,8 @@ class Figures:
     """How close one case came, in numbers: see :class:`~twinmoe.oracle.verdict.Verdict`.
 
     ``ratios`` is the worst error over allowed error by stage, "output" end to end; ``sign`` the
-    mean direction of the tokens' flips, 0 where there are none; of ``slots``, ``visible`` would
-    be missed.
+    sum of the mean directions of flips over the ``signed`` tokens that have any; of ``slots``,
+    ``visible`` would be missed.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -29,6 +29,7 @@ class Figures:
     flips: int = 0
     expected_flips: float = 0.0
     sign: float = 0.0
+    signed: int = 0
     tokens: int = 0
     ambiguous: int = 0
     slots: int = 0
@@ -42,7 +43,8 @@ class Figures:
             elements=verdict.elements,
             flips=verdict.flips,
             expected_flips=verdict.expected_flips,
-            sign=sum(verdict.signs) / max(len(verdict.signs), 1),
+            sign=sum(verdict.signs),
+            signed=len(verdict.signs),
             tokens=verdict.tokens,
             ambiguous=verdict.ambiguous,
             slots=verdict.slots,
@@ -93,4 +95,6 @@ class Golden:
 def environment(device: str) -> dict[str, str]:
     """Machine, device and versions, in words."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"device": name, "machine": platform.platform(), "versions": doctor.versions()}
+    # What a CPU's vector units can do decides how torch draws and multiplies on it.
+    host = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": name, "host": host, "versions": doctor.versions()}

@@ -62,7 +62,9 @@ def load(path: Path) -> Golden:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise refuse("cannot be read", str(error.strerror), "name a file that was recorded") from None
+        raise refuse(
+            "cannot be read", str(error.strerror), "name a file that was recorded"
+        ) from None
     metadata = _metadata(data, refuse)
     try:
         tensors = load_tensors(data)

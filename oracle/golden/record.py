@@ -4,7 +4,6 @@ Legend: T tokens of all ranks in rank order.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ def rounds_of(showings: Sequence[Showing]) -> list[list[Answer]]:
 def shown_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:
     """What the ranks showed of one forward, in token order, by the names of a golden file."""
     seen = [answer.observation for answer in answers]
-    parts = {
+    parts: dict[str, list[Tensor | None]] = {
         "ids": [one.taps.ids_TK for one in seen],
         "weights": [one.taps.weights_TK for one in seen],
         "routed": [one.taps.routed_TH for one in seen],
@@ -103,8 +102,3 @@ def _forward(answers: Sequence[Answer]) -> Forward:
         digests=input_digests(first.scenario),
         tensors={"value": norm.value, "radius": norm.radius, **shown},
     )
-
-
-def rerouted(case: Case, transport: str) -> Case:
-    """``case`` on another transport; AlltoAll has no graph."""
-    return replace(case, transport=transport, mode="eager" if transport == "alltoall" else case.mode)

@@ -1,0 +1,57 @@
+"""The bench measures every stage of every path, beside a floor, and shows ratios."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from twinmoe.oracle.bench import Row, slowest
+from twinmoe.oracle.bench_cli import bench, table
+
+
+def row(path: str, us: float, stage: str = "experts") -> Row:
+    """A measurement with a floor of one microsecond."""
+    return Row("model", 2, 4, stage, path, us, 1.0)
+
+
+def test_a_stage_takes_as_long_as_its_slowest_rank() -> None:
+    """Rank by rank and row by row, the larger figure counts."""
+    by_rank = [[row("a", 3.0), row("b", 1.0)], [row("a", 2.0), row("b", 4.0)]]
+    assert [r.us for r in slowest(by_rank)] == [3.0, 4.0]
+
+
+def test_ratios_are_to_the_quickest_path_of_the_same_stage() -> None:
+    """Another stage is no competitor."""
+    shown = table([row("a", 3.0), row("b", 2.0), row("c", 1.0, "layer")])
+    *_, share, ratio = (list(column.cells) for column in shown.columns)
+    assert ratio == ["1.50", "1.00", "1.00"]
+    assert share == ["33", "50", "100"]
+
+
+def test_counts_that_are_none_are_refused() -> None:
+    """A list is a list of positive numbers."""
+    for text in ("1,x", "0"):
+        result = CliRunner().invoke(bench, ["--device", "cpu", "--gpus", text])
+        assert result.exit_code == 2
+        assert "write 1,2,4" in result.output or "use 1 or more" in result.output
+
+
+@pytest.mark.slow
+def test_every_stage_is_measured_on_every_path(tmp_path: Path) -> None:
+    """Two ranks on a CPU: router, both collectives on both tiers, experts and layers."""
+    file = tmp_path / "bench.json"
+    options = ["--device", "cpu", "--gpus", "2", "--tokens", "2", "--scale", "64"]
+    options += ["--model", "qwen3-30b-a3b", "--backend", "triton", "--json", str(file)]
+    result = CliRunner().invoke(bench, options)
+    assert result.exit_code == 0, result.output
+    rows = [Row(**values) for values in json.loads(file.read_text())["rows"]]
+    assert {(r.stage, r.path) for r in rows} == {
+        ("router", "fused"),
+        ("router", "torch"),
+        *((stage, tier) for stage in ("all-gather", "reduce-scatter") for tier in ("p2p", "gloo")),
+        ("experts", "triton"),
+        ("layer", "p2p + triton"),
+        ("layer", "gloo + triton"),
+    }
+    assert all(r.us > 0 and r.floor_us > 0 for r in rows)
