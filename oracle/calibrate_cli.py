@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -25,6 +26,8 @@ from twinmoe.oracle.compare_criteria import (
 )
 from twinmoe.oracle.criteria import CRITERIA, OURS
 from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.subject_cli import subject_option
+from twinmoe.oracle.suggest_cli import suggest, suggest_option
 from twinmoe.reference.config import DTYPES
 
 _console = Console()
@@ -62,16 +65,20 @@ _console = Console()
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Save a picture.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def calibrate(comparing: bool, costing: bool, **options: Any) -> None:
+@suggest_option
+@subject_option
+def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) -> None:
     """Measure the judge: error over allowed error, flips and their signs, path by path.
 
     With --compare-criteria: the share of mistakes that common criteria and ours see.  With
-    --cost: what a judgement costs.
+    --cost: what a judgement costs.  With --suggest-contract: where somebody's layer rounds.
     Exit codes: 0 measured, 1 a correct layer was called wrong, 2 could not run.
     """
     try:
         _check_targets(options["plot"], options["json_file"])
         measure = _compare if comparing else _costs if costing else _calibrate
+        if suggesting:
+            measure = partial(suggest, _console, _progress)
         alarms = measure(**options)
     except (plots.PlotError, WorkerFailure, click.ClickException) as error:
         click.echo(f"twinmoe: {error}", err=True)

@@ -204,7 +204,7 @@ class _Search:
         return self.result
 
     def _diagnose(self) -> None:
-        if self.result.failure is not None:
+        if self.result.failure is not None and self.plan.subject is not None:
             with suppress(WorkerFailure):  # what it found stands without a diagnosis
                 self.trial.diagnose(self.result.failure)
 

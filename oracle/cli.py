@@ -24,6 +24,7 @@ from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.golden_cli import golden
+from twinmoe.oracle.killswitch_cli import killswitch
 from twinmoe.oracle.strategies import EP_SIZES, Cell
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_cli import (
@@ -252,7 +253,8 @@ def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
     with Trial(device, timeout, _names(plain_name(subject))) as trial:
         try:
             outcome = trial.run(parsed)
-            trial.diagnose(outcome)
+            if subject is not None:
+                trial.diagnose(outcome)
         except WorkerFailure as failure:
             _console.print(f"{type(failure).__name__}: {failure}", markup=False, soft_wrap=True)
             sys.exit(NOT_EQUIVALENT)
@@ -282,6 +284,7 @@ main.add_command(bench)
 main.add_command(calibrate)
 main.add_command(faults)
 main.add_command(golden)
+main.add_command(killswitch)
 
 
 if __name__ == "__main__":

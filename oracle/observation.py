@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+#: Begins the path of anyone's layer, of whose collectives the judge knows nothing.
+PLAIN_PATH = "plain: "
+
 
 @dataclass(frozen=True)
 class Taps:

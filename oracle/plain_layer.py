@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract
-from twinmoe.oracle.observation import RankObservation, Taps
+from twinmoe.oracle.observation import PLAIN_PATH, RankObservation, Taps
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.subject import Call
 from twinmoe.oracle.worker import RankContext
@@ -88,7 +88,7 @@ class PlainSubject:
         """Run one forward; raises LayerError for an answer that is none."""
         with torch.no_grad():
             answer: object = self._layer.forward(hidden_TH)
-        path = f"eager: {self._name.rpartition('/')[2]}, own experts"
+        path = f"{PLAIN_PATH}{self._name.rpartition('/')[2]}, own experts"
         match answer:
             case Tensor() as output_TH:
                 return RankObservation(output_TH, Taps(), path)

@@ -18,7 +18,7 @@ from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract, Wire
 from twinmoe.oracle.evidence import MisshapenError
 from twinmoe.oracle.judgement import judge
-from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.observation import PLAIN_PATH, RankObservation
 from twinmoe.oracle.padding import leaks
 from twinmoe.oracle.relations import RELATIONS, Mapped
 from twinmoe.oracle.repeats import changed_answers
@@ -55,7 +55,7 @@ def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
         if case.relation:
             verdict.findings += _related(case, rounds)
     journals = [showing.journal for showing in showings]
-    exchanges = any(len(answers) > 1 and answers[0].call.path == "alltoall" for answers in rounds)
+    exchanges = any(len(answers) > 1 and _claims_alltoall(answers[0]) for answers in rounds)
     verdict.findings += (
         Finding("dispatch", 0, None, None, told, relation="collective contract")
         for told in (
@@ -69,6 +69,11 @@ def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
         for text in showing.left
     )
     return verdict
+
+
+def _claims_alltoall(answer: Answer) -> bool:
+    is_plain = answer.observation.path.startswith(PLAIN_PATH)
+    return answer.call.path == "alltoall" and not is_plain
 
 
 # --- one forward ------------------------------------------------------------------------------

@@ -154,17 +154,20 @@ class OptimizedSubject:
         hidden_by_rank = scenario.hidden()
         largest = bucket_for(max(map(len, hidden_by_rank)))
         self._wire = torch.float32 if self.case.wire == "fp32" else self.config.dtype
-        options = InferenceOptions(
-            transport=_TIERS.get(self.case.transport),
-            experts_backend=self.case.backend,
-            wire_dtype=self._wire,
-            max_tokens_per_rank=largest,
-        )
         group = context.group if len(hidden_by_rank) > 1 else None
-        self.layer = MoELayer(self.config, weights, group, options)
+        self.layer = MoELayer(self.config, weights, group, self.options(largest))
         self.layer.taps = {}
         self.runner = GraphRunner(self.layer, tuple(size for size in BUCKETS if size <= largest))
         self._killed = False
+
+    def options(self, max_tokens_per_rank: int) -> InferenceOptions:
+        """How the layer is built."""
+        return InferenceOptions(
+            transport=_TIERS.get(self.case.transport),
+            experts_backend=self.case.backend,
+            wire_dtype=self._wire,
+            max_tokens_per_rank=max_tokens_per_rank,
+        )
 
     def contract(self, call: Call) -> RoundingContract:
         """The contract of the path, the backend and the transport as it stands."""

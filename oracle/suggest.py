@@ -161,10 +161,10 @@ def contract_of(
     changes: dict[str, str | None], dtype: torch.dtype, ranks: int = 1
 ) -> RoundingContract:
     """A contract of the family; over several ranks, shares travel in fp32."""
-    narrow = {point: FORMATS[dtype] if to else None for point, to in changes.items()}
+    points = {point: FORMATS[dtype] if to else None for point, to in changes.items()}
     if ranks > 1:
-        narrow = {"partial": FP32, "reduced": FP32} | narrow
-    contract = replace(storage_contract("suggested", dtype), ties=Ties.ANY, **narrow)  # type: ignore[arg-type]
+        points |= {"partial": FP32, "reduced": FP32}
+    contract = replace(storage_contract("suggested", dtype), ties=Ties.ANY, **points)  # type: ignore[arg-type]
     return contract if ranks == 1 else replace(contract, wire=Wire.PER_HOP)
 
 

@@ -1,0 +1,71 @@
+"""``twinmoe killswitch``: does switching the symmetric-memory kernels off really fall back?"""
+
+import sys
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from twinmoe.oracle import doctor as diagnosis
+from twinmoe.oracle.failures import name_ranks
+from twinmoe.oracle.killswitch import Place, Result, validate
+from twinmoe.oracle.torchrun import open_world
+
+_console = Console()
+
+
+@click.command(name="killswitch")
+@click.option("--ep", type=click.IntRange(1, 8), default=2, show_default=True, help="Ranks.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--fault", default="", help="Let the last rank apply the switch by half.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=10.0, show_default=True,
+    help="Seconds without progress that count as a hang.",
+)  # fmt: skip
+def killswitch(ep: int, device: str, fault: str, timeout: float) -> None:
+    """Flip the kill switch in every way and show on all ranks what runs, and that it is right.
+
+    Exit 0: fallback validated.  Exit 1: not validated, and which rank is to blame.
+    """
+    diagnosis.require(device)
+    place = Place(ep, device)
+    with open_world(ep, device, timeout) as world, _console.status("starting workers") as status:
+        results = validate(
+            place, world, fault, lambda result: status.update(f"done: {result.check}")
+        )
+    _console.print(table(results))
+    for result in results:
+        if not result.holds:
+            told = f"\n{result.check}: {_blamed(result.ranks)}{result.wrong}"
+            _console.print(told, markup=False, highlight=False, soft_wrap=True)
+    _console.print(verdict(results, place), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(0 if all(result.holds for result in results) else 1)
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One row for each check."""
+    shown = Table(title="what the launch counters of all ranks say", title_justify="left")
+    for heading in ("check", "ran", "worst ratio", "A, B, A", "result"):
+        shown.add_column(heading, overflow="fold")
+    for result in results:
+        ratio = "-" if result.verdict is None else f"{result.verdict.worst_ratio:.2f}"
+        again = {None: "-", True: "same bits", False: "[red]other bits[/red]"}[result.same_bits]
+        held = "holds" if result.holds else f"[red]{_blamed(result.ranks) or 'wrong'}[/red]"
+        shown.add_row(result.check, " > ".join(result.ran) or "-", ratio, again, held)
+    return shown
+
+
+def _blamed(ranks: Sequence[int]) -> str:
+    return f"{name_ranks(ranks)}: " if ranks else ""
+
+
+def verdict(results: Sequence[Result], place: Place) -> str:
+    """The last line: validated, or not and whose fault it is."""
+    where = f"{place.ep_size} ranks, {place.device}"
+    failed = [result for result in results if not result.holds]
+    if not failed:
+        return f"fallback validated: {len(results)} checks on {where}"
+    ranks = sorted({rank for result in failed for rank in result.ranks})
+    blamed = f", {name_ranks(ranks)} to blame" if ranks else ""
+    return f"NOT validated: {len(failed)} of {len(results)} checks on {where} fail{blamed}"

@@ -1,0 +1,236 @@
+"""One MoE layer out of a checkpoint in Hugging Face's layout, of which a rank reads its part.
+
+Such a checkpoint is a folder with ``config.json`` and either ``model.safetensors`` or several
+shards, of which ``model.safetensors.index.json`` tells what lies where.  Every expert's
+matrices are tensors of their own, so that a rank opens only the files that hold its experts.
+
+Legend: E experts, L experts read, H hidden_size, I intermediate size, F rows of w13 (gate,
+then up).
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twinmoe.reference.checkpoint import CheckpointError, check_experts, prove_each_expert_once
+from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.from_hf import config_from_hf
+from twinmoe.reference.layout import TensorSpec, expected_tensors
+from twinmoe.reference.placement import Placement
+from twinmoe.reference.weights import MoEWeights
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a model calls its MoE block and the matrices of one expert: gate, up, down."""
+
+    block: str
+    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+#: By ``model_type``.  Source: the state dicts of transformers 4.57.
+_NAMES = {
+    "mixtral": _Names("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": _Names("mlp"),
+    "deepseek_v3": _Names("mlp"),
+}
+
+
+class HuggingFaceCheckpoint:
+    """A folder of safetensors files; opening it reads ``config.json`` and the index only.
+
+    ``dtype`` is that of the layer's tensors, None for the one in ``config.json``.  Raises
+    CheckpointError for a folder that is none, and ConfigError for a model that
+    ``MoEConfig.from_hf`` does not know.
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        self.folder = Path(folder)
+        raw = _json(self.folder / "config.json")
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method")
+            raise CheckpointError(
+                f"{self.folder} holds quantised weights ({method}): their scales are not read "
+                "here; use a checkpoint in bf16, fp16 or fp32"
+            )
+        self.config: MoEConfig = config_from_hf(raw, dtype)
+        self._names = _NAMES[raw["model_type"]]
+        self._files = _weight_map(self.folder)
+
+    def layers(self) -> list[int]:
+        """Numbers of the layers that have experts."""
+        prefix, block = "model.layers.", f".{self._names.block}.experts."
+        found = {
+            name.split(".")[2] for name in self._files if name.startswith(prefix) and block in name
+        }
+        return sorted(map(int, found))
+
+    def weights(self, layer: int, experts: range | None = None) -> MoEWeights:
+        """Read ``experts`` (None: all) of one layer; no other expert's tensors are read.
+
+        Raises CheckpointError for a layer without experts, for a tensor that is in no file, or
+        not in the one that the index names, and for one of another shape or dtype than the
+        config calls for.
+        """
+        if layer not in (known := self.layers()):
+            raise CheckpointError(
+                f"layer ({layer}) of {self.folder} has no experts: those with experts are "
+                f"{known}; choose one of them"
+            )
+        wanted = range(self.config.num_experts) if experts is None else experts
+        check_experts(wanted, self.config.num_experts)
+        with ExitStack() as files:
+            return _Reader(self, layer, wanted, files).weights()
+
+    def weights_for_rank(
+        self, layer: int, placement: Placement, rank: int, group: dist.ProcessGroup | None
+    ) -> MoEWeights:
+        """Read this rank's experts and prove over ``group`` that each expert was read once.
+
+        A collective when ``group`` is given.  Raises CheckpointError, for experts that were
+        read by no rank or by several on all ranks together.
+        """
+        weights = self.weights(layer, placement.experts_of(rank))
+        prove_each_expert_once(weights.experts, self.config.num_experts, group)
+        return weights
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        if name not in self._files:
+            raise CheckpointError(
+                f"{name} is in no file of {self.folder}: the checkpoint is incomplete, or of "
+                "another model than its config.json; download or save it again"
+            )
+        return self.folder / self._files[name]
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's MoE tensors begin with."""
+        return f"model.layers.{layer}.{self._names.block}"
+
+    @property
+    def matrices(self) -> tuple[str, str, str]:
+        """The names of one expert's gate, up and down matrices."""
+        return self._names.matrices
+
+
+@dataclass
+class _Reader:
+    """Reads the tensors of one layer, each file opened once."""
+
+    checkpoint: HuggingFaceCheckpoint
+    layer: int
+    experts: range
+    files: ExitStack
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def weights(self) -> MoEWeights:
+        config, prefix = self.checkpoint.config, self.checkpoint.prefix(self.layer)
+        specs = expected_tensors(config, len(self.experts))
+        w13_LFH, w2_LHI = (
+            torch.empty(specs[name].shape, dtype=specs[name].dtype)
+            for name in ("w13_LFH", "w2_LHI")
+        )
+        for row, expert in enumerate(self.experts):
+            self._read_mlp(f"{prefix}.experts.{expert}", w13_LFH[row], w2_LHI[row])
+        shared_w13_FH = shared_w2_HI = None
+        if config.has_shared_expert:
+            shared_w13_FH, shared_w2_HI = (
+                torch.empty(specs[name].shape, dtype=specs[name].dtype)
+                for name in ("shared_w13_FH", "shared_w2_HI")
+            )
+            self._read_mlp(f"{prefix}.shared_experts", shared_w13_FH, shared_w2_HI)
+        bias_E = None
+        if config.use_correction_bias:
+            spec = specs["correction_bias_E"]
+            # models that were saved in one dtype have it in theirs
+            bias_E = self._read(f"{prefix}.gate.e_score_correction_bias", spec, cast=True)
+        return MoEWeights(
+            router_EH=self._read(f"{prefix}.gate.weight", specs["router_EH"]),
+            correction_bias_E=bias_E,
+            w13_LFH=w13_LFH,
+            w2_LHI=w2_LHI,
+            shared_w13_FH=shared_w13_FH,
+            shared_w2_HI=shared_w2_HI,
+            shared_gate_1H=None,
+            experts=self.experts,
+        )
+
+    def _read_mlp(self, prefix: str, w13_FH: Tensor, w2_HI: Tensor) -> None:
+        """Fill rows [gate | up] and the down matrix of one expert."""
+        targets = (*w13_FH.chunk(2), w2_HI)
+        for name, target in zip(self.checkpoint.matrices, targets, strict=True):
+            spec = TensorSpec(tuple(target.shape), target.dtype)
+            target.copy_(self._read(f"{prefix}.{name}.weight", spec))
+
+    def _read(self, name: str, spec: TensorSpec, cast: bool = False) -> Tensor:
+        path = self.checkpoint.file_of(name)
+        try:
+            if path not in self._open:
+                self._open[path] = self.files.enter_context(safe_open(path, framework="pt"))
+            tensor: Tensor = self._open[path].get_tensor(name)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} does not exist, but {INDEX} says that it holds {name}: a shard is "
+                "missing; download or save the checkpoint again"
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{name} cannot be read from {path} ({error}): the file is damaged, or {INDEX} "
+                "belongs to another; download or save the checkpoint again"
+            ) from error
+        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        if found.shape != spec.shape or (found != spec and not cast):
+            raise CheckpointError(
+                f"{name} in {path} is {found}, but config.json calls for {spec}: they belong to "
+                "different models, or dtype= is not that of the file; correct one of them"
+            )
+        return tensor.to(spec.dtype)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Each tensor's file, from the index, or all in the only file."""
+    if (folder / INDEX).exists():
+        index = _json(folder / INDEX)
+        files = index.get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise CheckpointError(
+                f"{folder / INDEX} has no weight_map: it does not say which file holds which "
+                "tensor; download or save the checkpoint again"
+            )
+        return files
+    return dict.fromkeys(_names_in(folder / SINGLE), SINGLE)
+
+
+def _names_in(path: Path) -> Iterator[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+    except (FileNotFoundError, SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be opened ({error}), and there is no {INDEX} beside it: there are no "
+            "weights to read; pass the folder of a safetensors checkpoint"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it belongs to every checkpoint of Hugging Face's "
+            "layout; pass the folder that save_pretrained has written"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object: it is damaged; download it again")
+    return content
