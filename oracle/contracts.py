@@ -9,7 +9,7 @@ import torch
 
 from twinmoe.optimized.experts import BACKENDS
 from twinmoe.oracle.contract import RoundingContract, Wire, storage_contract
-from twinmoe.oracle.rounding import FORMATS
+from twinmoe.oracle.rounding import FORMATS, HOPPER_FP16
 from twinmoe.reference.config import MoEConfig
 
 #: How each tier sums the ranks' shares.  The all-gather is a copy on every tier.
@@ -26,13 +26,18 @@ def reference_contract(config: MoEConfig) -> RoundingContract:
     return storage_contract("reference", config.dtype, config.router_dtype)
 
 
-def eager_contract(config: MoEConfig, backend: str) -> RoundingContract:
+def eager_contract(config: MoEConfig, backend: str, device_type: str = "cpu") -> RoundingContract:
     """AlltoAll dispatch: the reference's sums, the expert backend's roundings."""
-    return _with_experts(storage_contract(f"alltoall + {backend}", config.dtype), backend)
+    stored = storage_contract(f"alltoall + {backend}", config.dtype)
+    return _on(device_type, config, _with_experts(stored, backend))
 
 
 def graphed_contract(
-    config: MoEConfig, backend: str, tier: str, wire_dtype: torch.dtype
+    config: MoEConfig,
+    backend: str,
+    tier: str,
+    wire_dtype: torch.dtype,
+    device_type: str = "cpu",
 ) -> RoundingContract:
     """All-gather and reduce-scatter: each rank's share is stored in ``wire_dtype``.
 
@@ -47,7 +52,7 @@ def graphed_contract(
         wire=WIRE_OF_TIER[tier],
         reduced=None if tier == "p2p" else payload,
     )
-    return _with_experts(wired, backend)
+    return _on(device_type, config, _with_experts(wired, backend))
 
 
 def own_contracts(dtype: torch.dtype) -> list[RoundingContract]:
@@ -66,6 +71,13 @@ def own_contracts(dtype: torch.dtype) -> list[RoundingContract]:
             contract = graphed_contract(config, "grouped_mm", tier, wire_dtype)
             contracts.append(replace(contract, name=f"{tier}, {FORMATS[wire_dtype].name} wire"))
     return contracts
+
+
+def _on(device_type: str, config: MoEConfig, contract: RoundingContract) -> RoundingContract:
+    """``contract`` with the accumulator that GEMMs have on this type of device."""
+    if device_type == "cuda" and config.dtype is torch.float16:
+        return replace(contract, accumulator=HOPPER_FP16)
+    return contract
 
 
 def _with_experts(contract: RoundingContract, backend: str) -> RoundingContract:

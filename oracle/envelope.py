@@ -155,6 +155,7 @@ def matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     SHARP the same with s = |v| + 2 sqrt(x^2 (W^2)^T), the |v| for one-signed sums
     tensor cores  ceil(n / block) block_unit (s + |v|) in addition: every block's sum is
     cut, and so are its products, which matters where their signs agree
+    operands aligned from a  u (max(|x|, a) max(|W|, a)^T - |x| |W|^T) in addition, 0 for zeros
 
     A Spread (``spread.py``) has its own lam and, for SHARP, its own s.
     """
@@ -187,9 +188,18 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     error = error + (one_norm > 0).double() * (terms * accumulator.underflow)
     exact = _sums_are_exact(x, weight, one_norm, accumulator)
     error = torch.where(exact, 0.0, error)
+    if accumulator.aligned_from:
+        least = accumulator.aligned_from
+        nominal = _raised(x.value, least) @ _raised(weight, least).T
+        error = error + unit * (nominal - x.value.abs() @ weight.abs().T).clamp(min=0)
     # where some order of summation may overflow, anything may come out
     error = torch.where(one_norm + error > accumulator.max_value, torch.inf, error)
     return type(x)(value, x.join(propagated, error))
+
+
+def _raised(factor: Tensor, least: float) -> Tensor:
+    """Magnitudes as an adder takes them that reads no exponent below ``least``'s."""
+    return torch.where(factor == 0, 0.0, factor.abs().clamp(min=least))
 
 
 def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator: Format) -> Tensor:

@@ -19,7 +19,7 @@ from twinmoe.oracle.case import Case
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.golden.record import rounds_of
-from twinmoe.oracle.killswitch_play import FAULTS, Played, Setup, play
+from twinmoe.oracle.killswitch_play import FAULTS, Played, Setup, best_transport, play
 from twinmoe.oracle.live_layer import same_bits
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.showing import judge_showings
@@ -140,7 +140,7 @@ def _case(place: Place) -> Case:
     tokens = "/".join(str((5 * rank + 4) % 9) for rank in range(place.ep_size))
     return Case.parse(
         f"T={tokens},H=64,I=32,E={8 * place.ep_size},k=4,rsf=2.5,shared=24,dtype=bf16,"
-        "transport=p2p,seed=7"
+        "wire=model,transport=p2p,seed=7"
     )
 
 
@@ -167,8 +167,10 @@ def validate(
     where a group of one has no rank to disagree.
     """
     _require_fault(fault, place)
-    results, gathered = [], {}
-    for check in checks(place) if only is None else only:
+    results: list[Result] = []
+    gathered: dict[str, Sequence[Answer]] = {}
+    multicast = place.device == "cuda" and world.run(best_transport)[0] == "nvls"
+    for check in checks(place, multicast) if only is None else only:
         try:
             played = world.run(play, check.case, check.setup, fault)
         except WorkerFailure as failure:
@@ -176,7 +178,7 @@ def validate(
         else:
             results.append(_result(check, played, place))
             if check.case.mode == "eager" and check.case.config == _case(place).config:
-                gathered |= {result_label: r for result_label, r in _by_label(played)}
+                gathered |= dict(_by_label(played))
         progress(results[-1])
     results += _same_gathers(gathered)
     return results

@@ -49,7 +49,7 @@ def table(results: Sequence[Result]) -> Table:
     for heading in ("check", "ran", "worst ratio", "A, B, A", "result"):
         shown.add_column(heading, overflow="fold")
     for result in results:
-        ratio = "-" if result.verdict is None else f"{result.verdict.worst_ratio:.2f}"
+        ratio = "-" if result.verdict is None else f"{result.verdict.worst_ratio:.2g}"
         again = {None: "-", True: "same bits", False: "[red]other bits[/red]"}[result.same_bits]
         held = "holds" if result.holds else f"[red]{_blamed(result.ranks) or 'wrong'}[/red]"
         shown.add_row(result.check, " > ".join(result.ran) or "-", ratio, again, held)

@@ -13,7 +13,9 @@ from typing import Any
 from twinmoe.optimized import layer as layer_module
 from twinmoe.optimized.communication.agreement import exchange
 from twinmoe.optimized.communication.errors import TransportError
+from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.pool_setup import release_pools
+from twinmoe.optimized.communication.transport import select_transport
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.oracle import breadcrumbs
@@ -140,6 +142,14 @@ def play(context: RankContext, case: Case, setup: Setup, fault: str = "") -> Pla
     return told
 
 
+def best_transport(context: RankContext) -> str:
+    """What the ranks choose where nobody asks for anything; a task of a world."""
+    transport = select_transport(
+        context.group, device=context.device, capacity=Capacity(1024, 1024), pool="killswitch"
+    )
+    return transport.report().label
+
+
 # --- a rank of its own mind ---------------------------------------------------------------------
 
 
@@ -187,10 +197,12 @@ def _keeps_transport(seams: Seams) -> None:
     """The rank votes as all do, and then goes on with the transport it had."""
 
     def keep(original: Any, layer: MoELayer, disabled: bool) -> None:
-        before = getattr(layer, "transport", None), getattr(layer, "dispatcher", None)
+        if not hasattr(layer, "transport"):
+            original(layer, disabled)
+            return
+        before = layer.transport, layer.dispatcher
         original(layer, disabled)
-        if before[0] is not None:
-            layer.transport, layer.dispatcher = before
+        layer.transport, layer.dispatcher = before
 
     seams.around(MoELayer, "set_kill_switch", keep)
 

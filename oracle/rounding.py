@@ -25,6 +25,8 @@ class Format:
     range to zero; ``block`` products at a time are aligned and truncated to
     ``block_unit`` before they are added, as tensor cores do (P. Blanchard, N. J. Higham,
     F. Lopez, T. Mary, S. Pranesh, SIAM J. Sci. Comput. 42, 2020); 0 means that they are not.
+    Operands smaller than ``aligned_from`` are aligned as if they were that large: subnormal
+    ones lose bits where products are aligned by exponents as stored.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Format:
     flushes: bool = False
     block: int = 0
     block_unit: float = 0.0
+    aligned_from: float = 0.0
 
     @property
     def unit(self) -> float:
@@ -64,6 +67,9 @@ FP16 = _format("fp16", torch.float16, 11, -14)
 BF16 = _format("bf16", torch.bfloat16, 8, -126)
 #: The fp32 accumulator of a tensor core on 16-bit operands, 16 products a block.
 TENSOR_CORE = replace(FP32, name="tensor core", block=16, block_unit=2.0**-23)
+#: The fp32 accumulator that fp16 operands meet on a Hopper GPU: exact sums of subnormal ones
+#: were measured to be off by up to 2**-16 of the result (docs/h200.md).
+HOPPER_FP16 = replace(FP32, name="fp32, fp16 exponents as stored", aligned_from=2.0**-14)
 #: 8-bit formats of the Open Compute Project (OCP 8-bit Floating Point Specification, 2023),
 #: saturating, as quantisers use them.
 E4M3 = Format("e4m3", 4, -6, 448.0, saturates=True)

@@ -173,11 +173,13 @@ class OptimizedSubject:
         """The contract of the path, the backend and the transport as it stands."""
         backend = self.layer.experts.backend_name
         if call.path == "alltoall":
-            return eager_contract(self.config, backend)
+            return eager_contract(self.config, backend, self.layer.device.type)
         tier = self.case.transport
         if self._killed or tier == "alltoall":
             tier = self.layer.transport.report().label
-        return graphed_contract(self.config, backend, _TIER_OF_LABEL.get(tier, tier), self._wire)
+        tier = _TIER_OF_LABEL.get(tier, tier)
+        device_type = self.layer.device.type
+        return graphed_contract(self.config, backend, tier, self._wire, device_type)
 
     def required(self, call: Call) -> frozenset[str]:
         """See `Subject`; payloads too narrow for multicast, and no others, go peer to peer."""

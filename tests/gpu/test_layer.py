@@ -36,7 +36,7 @@ def test_replays_with_new_inputs_stay_inside_the_envelope(backend: str) -> None:
     weights = MoEWeights.random(config, seed=0)
     layer = MoELayer(config, weights.to("cuda"), options=InferenceOptions(experts_backend=backend))
     runner = GraphRunner(layer, buckets=(32,))
-    contract = graphed_contract(config, backend, "p2p", torch.float32)
+    contract = graphed_contract(config, backend, "p2p", torch.float32, "cuda")
     for seed, tokens in enumerate((17, 32, 1, 0, 5)):
         hidden_TH = _hidden(config, tokens, seed)
         output_TH = runner(hidden_TH.cuda())

@@ -62,7 +62,7 @@ def test_the_kill_switch_falls_back_and_back_again(world: World, backend: str) -
             assert f": {tier}, " in observation.path
             moved = {name for name in observation.launches if "[" in name}
             assert moved == {f"all_gather[{tier}]", f"reduce_scatter[{tier}]"}
-        contract = graphed_contract(CONFIG, backend, tier, torch.float32)
+        contract = graphed_contract(CONFIG, backend, tier, torch.float32, "cuda")
         verdict = judge(seen, truth, contract)
         assert verdict.equivalent, str(verdict)
     for before, _, after in by_rank:

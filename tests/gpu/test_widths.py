@@ -38,7 +38,7 @@ def test_published_widths_stay_inside_the_envelope(
     failed = []
     for backend in usable:
         for mode in ("eager", "graphed", "replayed"):
-            contract = graphed_contract(config, backend, transport, torch.float32)
+            contract = graphed_contract(config, backend, transport, torch.float32, "cuda")
             seen = world.run(observe, model, dtype, (transport, mode, backend))
             verdict = judge(seen, truth, contract)
             moved = {name for ran in seen for name in ran.launches if "[" in name}

@@ -21,7 +21,7 @@ from tests.oracle.arithmetic import (
     stored,
 )
 from twinmoe.oracle.envelope import Enclosure, Grade, matmul
-from twinmoe.oracle.rounding import FP32, FP64
+from twinmoe.oracle.rounding import FP32, FP64, HOPPER_FP16
 
 T, M = 4, 5
 seeds = st.integers(0, 2**32)
@@ -170,3 +170,17 @@ def test_a_matmul_of_no_rows_has_no_rows(rows):
     """An empty batch goes through like any other."""
     enclosure = matmul(Enclosure.exact(torch.ones(rows, 2)), torch.ones(4, 2).double(), FP32, 0)
     assert enclosure.value.shape == enclosure.radius.shape == (rows, 4)
+
+
+def test_subnormal_operands_may_lose_bits_where_exponents_are_read_as_stored() -> None:
+    """Exact sums get a radius where an operand is below fp16's normal range, and only there."""
+    weight = torch.tensor([[1.0, 2.0**-10]])
+    normal = Enclosure.exact(torch.tensor([[2.0**-14, 1.0]]))
+    subnormal = Enclosure.exact(torch.tensor([[2.0**-20, 1.0]]))
+    for x in (normal, subnormal):
+        assert matmul(x, weight, FP32, Grade.SHARP).radius == 0
+    assert matmul(normal, weight, HOPPER_FP16, Grade.SHARP).radius == 0
+    radius = matmul(subnormal, weight, HOPPER_FP16, Grade.SHARP).radius
+    assert radius == 2.0**-24 * (2.0**-14 - 2.0**-20)
+    zeros = Enclosure.exact(torch.zeros(1, 2))
+    assert matmul(zeros, weight, HOPPER_FP16, Grade.SHARP).radius == 0

@@ -80,7 +80,7 @@ def test_our_layer_with_their_weights_is_their_block(
 
 
 def test_a_rank_reads_only_its_own_experts(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of other ranks' experts are never asked for, and shards without its own not opened."""
+    """Tensors of other ranks' experts are not asked for, and other shards not opened."""
     asked: list[str] = []
     opened: set[Path] = set()
 
