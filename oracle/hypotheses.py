@@ -154,7 +154,9 @@ def _bias_in_weights(right: Supposed) -> Supposed | None:
 
 
 @_says("the correction bias is left out of the selection")
-def _bias_ignored(right: Supposed) -> Supposed:
+def _bias_ignored(right: Supposed) -> Supposed | None:
+    if not right.config.use_correction_bias:
+        return None
     unbiased = replace(right.weights, correction_bias_E=None)
     return replace(_with(right, use_correction_bias=False), weights=unbiased)
 
@@ -165,7 +167,9 @@ def _ungrouped(right: Supposed) -> Supposed:
 
 
 @_says("groups are ranked by their best expert, not by the sum of their two best")
-def _best_of_group(right: Supposed) -> Supposed:
+def _best_of_group(right: Supposed) -> Supposed | None:
+    if right.config.n_group == 1:
+        return None
     return _with(right, group_score="max")
 
 
@@ -188,14 +192,18 @@ def _weight_on_output(right: Supposed) -> Supposed:
 
 
 @_says("the shared expert is missing")
-def _no_shared(right: Supposed) -> Supposed:
+def _no_shared(right: Supposed) -> Supposed | None:
+    if not right.config.has_shared_expert:
+        return None
     bare = replace(right.weights, shared_w13_FH=None, shared_w2_HI=None, shared_gate_1H=None)
     settings = {"shared_expert_intermediate_size": 0, "shared_expert_gate": False}
     return replace(_with(right, **settings), weights=bare)
 
 
 @_says("the shared expert's gate is missing")
-def _no_shared_gate(right: Supposed) -> Supposed:
+def _no_shared_gate(right: Supposed) -> Supposed | None:
+    if not right.config.shared_expert_gate:
+        return None
     ungated = replace(right.weights, shared_gate_1H=None)
     return replace(_with(right, shared_expert_gate=False), weights=ungated)
 

@@ -130,7 +130,7 @@ def compare(
     asked = list(questions(golden, target))
     comparison = Comparison(golden, target, environment=environment(target.device))
     for recorded, case, ep_size in asked:
-        comparison.cases.append(_compared(recorded, case, ep_size, trial, target.subject))
+        comparison.cases.append(_compared(recorded, case, ep_size, trial, comparison))
         progress(comparison.cases[-1])
     return comparison
 
@@ -173,8 +173,11 @@ def _shared_evenly(case: Case, ep_size: int) -> tuple[int, ...]:
     return tuple(len(part) for part in torch.empty(sum(case.tokens)).tensor_split(ep_size))
 
 
-def _compared(recorded: Recorded, case: Case, ep_size: int, trial: Trial, subject: str) -> Compared:
+def _compared(
+    recorded: Recorded, case: Case, ep_size: int, trial: Trial, comparison: Comparison
+) -> Compared:
     change = None if ep_size == case.ep_size else Resplit(ep_size)
+    subject, device = comparison.target.subject, comparison.golden.device
     try:
         showings = [
             showing[subject] for showing in trial.observe(case, (subject,), change, ep_size)
@@ -183,13 +186,17 @@ def _compared(recorded: Recorded, case: Case, ep_size: int, trial: Trial, subjec
         return Compared(recorded, case, ep_size, failure=f"{type(failure).__name__}: {failure}")
     rounds = rounds_of(showings)
     for forward, answers in zip(recorded.forwards, rounds, strict=True):
-        require_norm(recorded.case, forward, replace(answers[0].scenario, change=Change()))
+        scenario = replace(answers[0].scenario, change=Change())
+        require_norm(recorded.case, forward, scenario, device)
     verdict = judge_showings(case, showings)
     return Compared(recorded, case, ep_size, verdict, _changed(recorded, rounds))
 
 
-def require_norm(case: Case, forward: Forward, scenario: Scenario) -> None:
-    """Raise GoldenError unless inputs, contract and truth of ``forward`` come out here again."""
+def require_norm(case: Case, forward: Forward, scenario: Scenario, device: str) -> None:
+    """Raise GoldenError unless inputs, contract and truth of ``forward`` come out here again.
+
+    ``device``: the type of the one it was recorded on, which decides what its path declares.
+    """
     for what, digest in input_digests(scenario).items():
         if digest != forward.digests.get(what):
             raise GoldenError(
@@ -198,7 +205,7 @@ def require_norm(case: Case, forward: Forward, scenario: Scenario) -> None:
                 "another kind of CPU makes other random numbers; record it again here"
             )
     try:
-        contract = declared(case, forward.contract)
+        contract = declared(case, forward.contract, device)
     except ValueError as error:
         raise GoldenError(
             f"golden case '{case}': its path {forward.contract!r} is gone from this version "

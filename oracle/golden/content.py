@@ -86,10 +86,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Golden:
-    """A recording: its cases and where it was made."""
+    """A recording: its cases and where it was made, ``device`` by type, the rest in words."""
 
     cases: tuple[Recorded, ...]
     environment: Mapping[str, str]
+    device: str = "cpu"
 
 
 def environment(device: str) -> dict[str, str]:

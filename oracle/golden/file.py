@@ -42,6 +42,7 @@ def save(golden: Golden, path: Path) -> None:
     }
     content = json.dumps(
         {
+            "device": golden.device,
             "environment": dict(golden.environment),
             "cases": [_as_json(recorded) for recorded in golden.cases],
         },
@@ -181,7 +182,7 @@ def _golden(content: Any, tensors: dict[str, Tensor]) -> Golden:
         cases.append(Recorded(case, forwards, Figures(**told["figures"])))
     if tensors:
         raise ValueError(f"tensors {', '.join(sorted(tensors)[:3])} belong to no case")
-    return Golden(tuple(cases), content["environment"])
+    return Golden(tuple(cases), content["environment"], content["device"])
 
 
 def _forward(case: Case, told: Any, prefix: str, tensors: dict[str, Tensor]) -> Forward:

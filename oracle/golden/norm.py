@@ -43,17 +43,17 @@ def interval(scenario: Scenario, contract: RoundingContract, ids_TK: Tensor) -> 
     return truth.stages(contract, ids_TK.long(), weights_TK).sum_TH
 
 
-def declared(case: Case, name: str) -> RoundingContract:
-    """What this version's path called ``name`` declares for ``case``.
+def declared(case: Case, name: str, device: str) -> RoundingContract:
+    """What this version's path called ``name`` declares for ``case`` on a device of that type.
 
     Raises ValueError for a name that is no path of this version.
     """
     tier, _, backend = name.partition(" + ")
     if tier == "alltoall":
-        return eager_contract(case.config, backend)
+        return eager_contract(case.config, backend, device)
     wire = torch.float32 if case.wire == "fp32" else case.config.dtype
     try:
-        return graphed_contract(case.config, backend, tier, wire)
+        return graphed_contract(case.config, backend, tier, wire, device)
     except KeyError:
         raise ValueError(f"tier ({tier!r}) has no contract") from None
 

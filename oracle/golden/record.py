@@ -51,7 +51,7 @@ def record(
         forwards = tuple(_forward(answers) for answers in rounds_of(showings))
         recorded.append(Recorded(case, forwards, Figures.of(verdict)))
         progress(case)
-    return Golden(tuple(recorded), environment(device))
+    return Golden(tuple(recorded), environment(device), device)
 
 
 def check_recordable(case: Case) -> None:

@@ -159,4 +159,4 @@ def test_contracts_are_found_again_by_name() -> None:
     """Each path's contract is what its name, and the case's wire, say."""
     case = Case.parse("T=3/2,H=32,I=16,E=4,k=2,dtype=bf16,wire=model")
     for name in ("p2p + triton", "nvls + grouped_mm", "nccl + flashinfer", "alltoall + triton"):
-        assert declared(case, name).name == name
+        assert declared(case, name, "cpu").name == name
