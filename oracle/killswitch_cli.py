@@ -9,7 +9,8 @@ from rich.table import Table
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.failures import name_ranks
-from twinmoe.oracle.killswitch import Place, Result, validate
+from twinmoe.oracle.killswitch import Result, validate
+from twinmoe.oracle.killswitch_checks import Place
 from twinmoe.oracle.torchrun import open_world
 
 _console = Console()
@@ -37,7 +38,8 @@ def killswitch(ep: int, device: str, fault: str, timeout: float) -> None:
     _console.print(table(results))
     for result in results:
         if not result.holds:
-            told = f"\n{result.check}: {_blamed(result.ranks)}{result.wrong}"
+            blamed = f"{name_ranks(result.ranks)}: " if result.ranks else ""
+            told = f"\n{result.check}: {blamed}{result.wrong}"
             _console.print(told, markup=False, highlight=False, soft_wrap=True)
     _console.print(verdict(results, place), markup=False, highlight=False, soft_wrap=True)
     sys.exit(0 if all(result.holds for result in results) else 1)
@@ -51,13 +53,13 @@ def table(results: Sequence[Result]) -> Table:
     for result in results:
         ratio = "-" if result.verdict is None else f"{result.verdict.worst_ratio:.2g}"
         again = {None: "-", True: "same bits", False: "[red]other bits[/red]"}[result.same_bits]
-        held = "holds" if result.holds else f"[red]{_blamed(result.ranks) or 'wrong'}[/red]"
+        held = (
+            "holds"
+            if result.holds
+            else f"[red]{name_ranks(result.ranks) if result.ranks else 'wrong'}[/red]"
+        )
         shown.add_row(result.check, " > ".join(result.ran) or "-", ratio, again, held)
     return shown
-
-
-def _blamed(ranks: Sequence[int]) -> str:
-    return f"{name_ranks(ranks)}: " if ranks else ""
 
 
 def verdict(results: Sequence[Result], place: Place) -> str:

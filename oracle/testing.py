@@ -11,7 +11,8 @@ pytest-xdist spreads; Hypothesis' own profile and database apply.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, given, reject, settings
@@ -22,7 +23,7 @@ from twinmoe.oracle.layer_space import neutral, runs
 from twinmoe.oracle.plain_layer import JudgedLayer, LayerFactory, PlainLayer
 from twinmoe.oracle.strategies import CORNERS, Cell, cases
 from twinmoe.oracle.subject_spec import PlainName, spec_of
-from twinmoe.oracle.trial import Trial
+from twinmoe.oracle.trial import Outcome, Trial
 from twinmoe.reference.config import DTYPES, MoEConfig
 
 __all__ = ["JudgedLayer", "LayerFactory", "PlainLayer", "equivalence_property", "neutral", "runs"]
@@ -54,7 +55,7 @@ def equivalence_property(
     def test_layer_is_equivalent(ep_size: int, dtype: str) -> None:
         """Every element of every rank's output lies inside the envelope of the contract."""
         cell = Cell(ep_size, "alltoall", "eager", DTYPES[dtype])
-        with Trial(device, timeout_s, (subject.text,)) as trial:
+        with Trial(device, timeout_s, (subject.text,)) as trial, _diagnosed(trial):
 
             def search(case: Case) -> None:
                 if not _decided(trial, case):
@@ -66,19 +67,42 @@ def equivalence_property(
             for case in {str(case): case for case in map(subject.fit, corners)}.values():
                 _decided(trial, case)
             drawn = cases(cell, model, device).map(subject.fit)
-            untimed = settings(deadline=None, suppress_health_check=list(HealthCheck))
+            untimed = settings(
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                report_multiple_bugs=False,
+            )
             untimed(given(drawn)(search))()
 
     return test_layer_is_equivalent
 
 
+class NotEquivalentError(AssertionError):
+    """An answer outside the envelope."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.explain())
+        self.outcome = outcome
+
+
+@contextmanager
+def _diagnosed(trial: Trial) -> Iterator[None]:
+    """Name the mistake once, for the simplest case that Hypothesis has found."""
+    try:
+        yield
+    except NotEquivalentError as found:
+        trial.diagnose(found.outcome)
+        for mistake in found.outcome.diagnosis:
+            found.add_note(f"this is what one gets if {mistake}")
+        raise
+
+
 def _decided(trial: Trial, case: Case) -> bool:
-    """Whether near ties left nothing open; raises AssertionError for a wrong answer."""
+    """Whether near ties left nothing open; raises NotEquivalentError for a wrong answer."""
     try:
         outcome = trial.run(case)
         if outcome.findings:
-            trial.diagnose(outcome)
-            raise AssertionError(outcome.explain())
+            raise NotEquivalentError(outcome)
     except WorkerFailure as failure:
         failure.add_note(f"case: {case}")
         raise

@@ -5,6 +5,7 @@ from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 from twinmoe.reference.dense import dense_moe
 from twinmoe.reference.dispatch import MoEAlltoAllTokenDispatcher
 from twinmoe.reference.experts import SequentialMLP
+from twinmoe.reference.hugging_face import HuggingFaceCheckpoint
 from twinmoe.reference.layer import MoELayer
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.published import PUBLISHED, published, scaled
@@ -17,6 +18,7 @@ __all__ = [
     "PUBLISHED",
     "CheckpointError",
     "ConfigError",
+    "HuggingFaceCheckpoint",
     "MoEAlltoAllTokenDispatcher",
     "MoEConfig",
     "MoELayer",

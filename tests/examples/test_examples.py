@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -21,8 +22,15 @@ needs_transformers = pytest.mark.skipif(
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in the checkout's root."""
     command = [sys.executable, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "ci" / "packages")}
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -34,6 +42,7 @@ def check(subject: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @needs_transformers
 @pytest.mark.parametrize("model", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_blocks_of_transformers_are_equivalent(model: str) -> None:
@@ -43,18 +52,21 @@ def test_blocks_of_transformers_are_equivalent(model: str) -> None:
     assert "\nequivalent: " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_grouped_layer_is_equivalent() -> None:
     """The plain grouped_mm layer."""
     done = check("grouped_mm_layer.py:GroupedLayer")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_template_is_equivalent_over_ranks() -> None:
     """The engine-style call with padding, sentinel and offset, on one rank and on two."""
     done = check("fused_moe_template.py:FusedLayer", "--ep", "1,2")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_transformers
 def test_the_wrong_adapter_is_caught_and_told_why() -> None:
     """Gate and up swapped: exit code 1, and the words that the file promises."""
@@ -74,6 +86,7 @@ def test_without_flashinfer_its_adapter_says_so() -> None:
     assert "No module named 'flashinfer'" in done.stderr
 
 
+@pytest.mark.slow
 @needs_transformers
 @pytest.mark.parametrize("arguments", [(), ("--ep", "2")], ids=["ep1", "ep2"])
 def test_both_models_run_on_our_layer(arguments: tuple[str, ...]) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner, Result
 
+from twinmoe.optimized.communication import INJECTABLE
 from twinmoe.oracle import cli, killswitch, killswitch_cli
-from twinmoe.oracle.killswitch import Check, Place, checks, validate
+from twinmoe.oracle.killswitch import validate
+from twinmoe.oracle.killswitch_checks import Check, Place, checks
 from twinmoe.oracle.killswitch_play import FAULTS, Setup
 from twinmoe.oracle.world import World
 
@@ -92,7 +94,7 @@ def test_wrong_numbers_after_the_switch_do_not_pass(world: World) -> None:
 def test_every_injectable_failure_is_injected() -> None:
     """The list of set-up failures is the transport's own, and each must be told by its reason."""
     injected = {check.refusal for check in checks(PLACE) if check.setup.inject}
-    assert injected == {refusal.value for refusal in killswitch.INJECTABLE.values()}
+    assert injected == {refusal.value for refusal in INJECTABLE.values()}
 
 
 def test_one_rank_has_nobody_to_disagree_with() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from tests.oracle import plain_layers
 from twinmoe.oracle.testing import equivalence_property
 from twinmoe.reference.config import ConfigError
+
+PACKAGES = Path(__file__).resolve().parents[2] / "ci" / "packages"
 
 TEN_LINES = f"""
 from hypothesis import settings
@@ -27,8 +30,15 @@ def test_a_file_of_ten_lines_is_a_test(tmp_path: Path) -> None:
     """A right layer passes at each size; a wrong one fails with verdict, mistake and replay."""
     (tmp_path / "test_mine.py").write_text(TEN_LINES)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGES)}
     run = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert "1 failed, 2 passed" in run.stdout, run.stdout + run.stderr
     assert "FAILED test_mine.py::test_swapped[ep1-bf16]" in run.stdout
