@@ -103,14 +103,16 @@ class Verdict:
 def merged(verdicts: Sequence[Verdict]) -> Verdict:
     """One verdict on several forwards of a layer: all findings, sums of counts, worst ratio.
 
-    Contract and path are those of the first forward that failed, or of the last one.
+    Contract and path are those of the forward that holds the culprit, or of the last one.
     """
-    shown = next((verdict for verdict in verdicts if not verdict.equivalent), verdicts[-1])
+    shown = min(reversed(verdicts), key=_place)
+    others = (each for verdict in verdicts if verdict is not shown for each in verdict.findings)
     total = replace(
         shown,
-        findings=[finding for verdict in verdicts for finding in verdict.findings],
+        findings=[*shown.findings, *others],
         worst_ratio=max(verdict.worst_ratio for verdict in verdicts),
         conclusive=all(verdict.conclusive for verdict in verdicts),
+        signs=[sign for verdict in verdicts for sign in verdict.signs],
         ratios={},
     )
     for verdict in verdicts:
@@ -119,6 +121,11 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
     for name in _COUNTS:
         setattr(total, name, sum(getattr(verdict, name) for verdict in verdicts))
     return total
+
+
+def _place(verdict: Verdict) -> int:
+    """How early in the data flow the first fault is; behind every stage if there is none."""
+    return STAGES.index(verdict.culprit.stage) if verdict.culprit else len(STAGES)
 
 
 #: What adds up over forwards.
