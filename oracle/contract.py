@@ -49,6 +49,8 @@ class RoundingContract:
     format of the running sum of a token's terms, in the order of expert ids, as loops over
     experts make it; None sums them in the accumulator, in any order.  ``partial`` is the
     payload of the cross-rank sum, ``reduced`` the format of its result.
+
+    Raises TypeError for a ``torch.dtype``: a format also says how it rounds and overflows.
     """
 
     name: str
@@ -72,6 +74,15 @@ class RoundingContract:
     shared_gate_up: Format | None
     shared_output: Format | None
     output: Format
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.dtype):
+                raise TypeError(
+                    f"{field.name} ({value}) is a dtype, and a contract names formats, which also "
+                    f"say how they round: use twinmoe.oracle.rounding.FORMATS[{value}]"
+                )
 
     @property
     def deterministic(self) -> bool:

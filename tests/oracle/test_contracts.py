@@ -199,3 +199,10 @@ def test_a_layer_in_another_dtype_is_refused(dtype):
     own = replace(storage_contract("fp32 inside", dtype), **kept)
     verdict = judge([RankObservation(output_TH)], truth, own)
     assert verdict.equivalent, str(verdict)
+
+
+def test_a_dtype_is_no_format() -> None:
+    """Named with the point, and with what to write instead."""
+    contract = reference_contract(layer(torch.bfloat16)[0])
+    with pytest.raises(TypeError, match=r"logits \(torch.bfloat16\) is a dtype.*FORMATS\["):
+        replace(contract, logits=torch.bfloat16)  # type: ignore[arg-type]
