@@ -16,6 +16,10 @@ _SECONDARY = re.compile(
 )
 
 
+#: One frame of a traceback.
+_FRAME = re.compile(r'^  File "(.+)", line (\d+), in (\S+)', re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Raised:
     """An exception of a task, as text: its class may not be importable in the driver."""
@@ -26,6 +30,12 @@ class Raised:
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+    @property
+    def place(self) -> str:
+        """File, line and function that raised; empty if the traceback does not say."""
+        frames = _FRAME.findall(self.traceback)
+        return "{}:{} in {}".format(*frames[-1]) if frames else ""
 
 
 class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of the program
@@ -74,7 +84,9 @@ class WorkerError(WorkerFailure):
     ) -> None:
         self.exception_type, self.text = raised.type_name, raised.text
         self.traceback = raised.traceback
-        super().__init__(f"{name_ranks(ranks)} raised {raised}\n  {told}", ranks, footprints)
+        where = f"\n  at {raised.place}" if raised.place else ""
+        said = f"{name_ranks(ranks)} raised {raised}{where}\n  {told}"
+        super().__init__(said, ranks, footprints)
         self.add_note(f"on rank {ranks[0]}:\n{raised.traceback}")
 
 

@@ -1,7 +1,9 @@
 """What a failure says: who is to blame, and what every rank last did."""
 
 import os
+import re
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from twinmoe.optimized import launch
 from twinmoe.oracle.breadcrumbs import Footprint, Phase, Recorder, Trail
 from twinmoe.oracle.failures import (
+    Raised,
     WorkerDied,
     WorkerError,
     WorkerHang,
@@ -185,3 +188,15 @@ def test_many_and_long_names_stay_inside_their_memory() -> None:
     assert footprint.sequence == 100
     assert footprint.counts["(other operations)"] == 100 - 63
     assert max(map(len, footprint.counts)) <= 63
+
+
+def test_an_error_is_told_with_the_place_that_raised_it() -> None:
+    """The innermost frame; nothing where there is none."""
+    try:
+        int("seven")
+    except ValueError:
+        here = Raised("ValueError", "no number", traceback.format_exc())
+    assert re.fullmatch(r".*test_world_failures\.py:\d+ in test_an_error_is_told\w+", here.place)
+    failure = WorkerError([1], here, {}, "rank 0: finished")
+    assert str(failure).splitlines()[1] == f"  at {here.place}"
+    assert Raised("KeyError", "", "").place == ""
