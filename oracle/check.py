@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.faults import FAULTS, require_fault
+from twinmoe.oracle.faults import patch_named, require_fault
 from twinmoe.oracle.strategies import CORNERS, Cell, cases
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Outcome, Trial
@@ -235,7 +235,7 @@ class _Search:
 
     def _try(self, case: Case) -> None:
         """One case; raises _CounterexampleError so that Hypothesis may simplify it."""
-        fault = FAULTS.get(self.plan.fault)
+        fault = patch_named(self.plan.fault)
         if fault is not None and fault.reaches(case):
             case = replace(case, fault=fault.name)
         line = str(case)

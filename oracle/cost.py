@@ -19,6 +19,7 @@ from twinmoe.oracle.truth import Truth
 from twinmoe.oracle.verdict import Verdict
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.experts import mlp
+from twinmoe.reference.published import published
 from twinmoe.reference.router import TopKRouter
 from twinmoe.reference.shared_expert import SharedExpertMLP
 
@@ -26,23 +27,12 @@ from twinmoe.reference.shared_expert import SharedExpertMLP
 #: grow with them, time as long as they choose other experts.
 TOKENS = 4
 
-#: The second has the widths, experts and routing of DeepSeek-V3 (arXiv 2412.19437).
+#: By name.
 SIZES = {
     "small": MoEConfig(
         hidden_size=64, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2
     ),
-    "DeepSeek-V3": MoEConfig(
-        hidden_size=7168,
-        moe_intermediate_size=2048,
-        num_experts=256,
-        num_experts_per_tok=8,
-        scoring_func="sigmoid",
-        n_group=8,
-        topk_group=4,
-        routed_scaling_factor=2.5,
-        use_correction_bias=True,
-        shared_expert_intermediate_size=2048,
-    ),
+    "DeepSeek-V3": published("deepseek-v3"),
 }
 
 

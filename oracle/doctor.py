@@ -14,7 +14,7 @@ from twinmoe.optimized.experts import backend_report, choose_backend
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.faults import FAULTS, VARIANTS, require_fault
+from twinmoe.oracle.faults import patch_named, require_fault
 from twinmoe.oracle.relations import require_relation
 from twinmoe.oracle.subject import BUCKETS
 from twinmoe.reference.config import ConfigError, MoEConfig, dtype_name
@@ -52,7 +52,7 @@ def require_case(case: Case, device: str) -> None:
         )
     require_fault(case.fault)
     require_relation(case)
-    planted = (FAULTS | VARIANTS).get(case.fault)
+    planted = patch_named(case.fault)
     if planted is not None and not planted.reaches(case):
         raise ConfigError(
             f"fault ({case.fault!r}) is out of this case's reach: {planted.what}; use "

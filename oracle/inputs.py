@@ -1,4 +1,4 @@
-"""From a Case to its tensors: the same on every machine, and in every process.
+"""From a Case to its tensors: the same in every process, and on every CPU with AVX2 or more.
 
 Values are drawn so that mix-ups show: ranks have different scales, experts different
 magnitudes, gate and up different ranges (``MoEWeights.random``).

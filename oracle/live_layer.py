@@ -38,7 +38,7 @@ class LiveLayer:
 
     def observe(self, hidden_TH: Tensor, call: Call) -> tuple[RankObservation, list[str]]:
         """Run one forward; say what it overwrote that was not its own to write."""
-        hidden_TH = _on(hidden_TH, self._context.device)
+        hidden_TH = hidden_TH.to(self._context.device)
         before = hidden_TH.clone()
         observation = self.subject.observe(hidden_TH, call)
         complaints = []
@@ -116,7 +116,3 @@ def _digest(weights: MoEWeights) -> int:
         for sums in (rows, columns):
             digest += int((sums * torch.arange(1, sums.numel() + 1, device=sums.device)).sum())
     return digest
-
-
-def _on(hidden_TH: Tensor, device: torch.device) -> Tensor:
-    return hidden_TH if hidden_TH.device.type == device.type else hidden_TH.to(device)

@@ -4,7 +4,7 @@ And correct variations, planted the same way, to prove that it sees nothing else
 """
 
 from twinmoe.oracle.faults.fault import FAULTS, VARIANTS, Fault
-from twinmoe.oracle.faults.registry import planted, require_fault
+from twinmoe.oracle.faults.registry import patch_named, planted, require_fault
 from twinmoe.oracle.faults.unplanted import UNPLANTED, Unplanted
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "VARIANTS",
     "Fault",
     "Unplanted",
+    "patch_named",
     "planted",
     "require_fault",
 ]

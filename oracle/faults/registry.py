@@ -27,7 +27,7 @@ from twinmoe.oracle.faults import (  # noqa: F401 - importing enters them
     sizes,
     streams,
 )
-from twinmoe.oracle.faults.fault import FAULTS, VARIANTS
+from twinmoe.oracle.faults.fault import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.faults.seams import Seams
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import ConfigError
@@ -35,10 +35,15 @@ from twinmoe.reference.config import ConfigError
 
 def require_fault(name: str) -> None:
     """Raise ConfigError unless ``name`` is empty or that of a fault or a correct variation."""
-    if name and name not in FAULTS | VARIANTS:
+    if name and patch_named(name) is None:
         raise ConfigError(
             f"fault ({name!r}) is not in the registry: use one of {', '.join(FAULTS)}"
         )
+
+
+def patch_named(name: str) -> Fault | None:
+    """Return the fault or correct variation of this name; None if there is none."""
+    return FAULTS.get(name) or VARIANTS.get(name)
 
 
 @contextmanager

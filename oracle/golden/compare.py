@@ -17,7 +17,7 @@ from twinmoe.oracle import doctor
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.faults import FAULTS, require_fault
+from twinmoe.oracle.faults import patch_named, require_fault
 from twinmoe.oracle.golden.content import Figures, Forward, Golden, Recorded, environment
 from twinmoe.oracle.golden.file import GoldenError
 from twinmoe.oracle.golden.norm import declared, input_digests, interval, same_interval
@@ -138,7 +138,7 @@ def compare(
 def questions(golden: Golden, target: Target) -> Iterator[tuple[Recorded, Case, int]]:
     """(recorded case, the case to play, ranks to play it on); refuses before anything runs."""
     require_fault(target.fault)
-    fault, reached = FAULTS.get(target.fault), 0
+    fault, reached = patch_named(target.fault), 0
     for recorded in golden.cases:
         recorded_case = recorded.case
         stand_in = _STAND_INS[target.device].get(recorded_case.transport, recorded_case.transport)
