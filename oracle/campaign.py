@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from twinmoe.oracle.case import Case
+from twinmoe.oracle.case import MODES, Case
 from twinmoe.oracle.check import plan_cells
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import Fault
-from twinmoe.oracle.strategies import DTYPES, EP_SIZES, Cell, cases
+from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, DTYPES, EP_SIZES, Cell, cases
 from twinmoe.oracle.trial import Trial
 
 #: A case costs about twice as much with every doubling of ranks; most faults need two.
@@ -26,9 +26,6 @@ _EP_WEIGHTS = {1: 2, 2: 4, 4: 2, 8: 1}
 
 #: AlltoAll has one mode where the others have three.
 _ALLTOALL_WEIGHT = 3
-
-TRANSPORTS = ("alltoall", "nvls", "p2p", "gloo")
-MODES = ("eager", "graphed", "replayed")
 
 #: Draws of one run of Hypothesis.
 _PART = 6
@@ -64,20 +61,22 @@ class Hunt:
         return bool(self.seen_by)
 
 
-def case_stream(count: int, stream_seed: int, ep_sizes: Sequence[int] = EP_SIZES) -> list[Case]:
-    """``count`` cases over all cells, drawn by Hypothesis as ``check`` draws them."""
-    cells = plan_cells(ep_sizes, TRANSPORTS, MODES, DTYPES)
+def case_stream(
+    count: int, stream_seed: int, ep_sizes: Sequence[int] = EP_SIZES, device: str = "cpu"
+) -> list[Case]:
+    """``count`` cases over all cells of ``device``, drawn by Hypothesis as ``check`` draws them."""
+    cells = plan_cells(ep_sizes, DEVICE_TRANSPORTS[device], MODES, DTYPES)
     weighted = [cell for cell in cells for _ in range(_weight(cell))]
     drawn: dict[str, Case] = {}
     for part in itertools.count():
-        for case in _part(weighted, f"{stream_seed}/{part}"):
+        for case in _part(weighted, f"{stream_seed}/{part}", device):
             drawn.setdefault(str(case), case)
         if len(drawn) >= count:
             return list(drawn.values())[:count]
     raise AssertionError("unreachable: parts never end")
 
 
-def _part(cells: Sequence[Cell], part_seed: str) -> list[Case]:
+def _part(cells: Sequence[Cell], part_seed: str, device: str) -> list[Case]:
     """A few draws: of many, Hypothesis makes the later ones from the earlier, all alike."""
     drawn: list[Case] = []
 
@@ -90,7 +89,7 @@ def _part(cells: Sequence[Cell], part_seed: str) -> list[Case]:
         print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.sampled_from(cells).flatmap(cases))
+    @given(st.sampled_from(cells).flatmap(lambda cell: cases(cell, device=device)))
     def draw(case: Case) -> None:
         drawn.append(case)
 

@@ -25,7 +25,7 @@ from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.golden_cli import golden
 from twinmoe.oracle.killswitch_cli import killswitch
-from twinmoe.oracle.strategies import EP_SIZES, Cell
+from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, EP_SIZES, Cell
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_cli import (
     MORE_CASES,
@@ -43,9 +43,6 @@ EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
 #: Random cases in each cell, by profile; pinned corners come on top.
 PROFILES = {"quick": 2, "ci": 2, "nightly": 40}
-
-CPU_TRANSPORTS = ("alltoall", "nvls", "p2p", "gloo")
-CUDA_TRANSPORTS = ("alltoall", "p2p", "nccl")
 
 _console = Console()
 
@@ -180,7 +177,7 @@ def _run_check(**options: Any) -> Summary:
 
 
 def _transports(text: str | None, device: str) -> list[str]:
-    available = CUDA_TRANSPORTS if device == "cuda" else CPU_TRANSPORTS
+    available = DEVICE_TRANSPORTS[device]
     if text is None:
         return list(available)
     transports = [part.strip() for part in text.split(",")]

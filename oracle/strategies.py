@@ -24,6 +24,11 @@ INTERMEDIATE_SIZES = (40, 16, 64, 17, 96, 72)
 TOKEN_COUNTS = (3, 1, 2, 0, 5, 8, 9, 16, 17)
 EP_SIZES = (1, 2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Where tokens travel, by device: the AlltoAll twin, and the tiers that can be asked for there.
+DEVICE_TRANSPORTS = {
+    "cpu": ("alltoall", "nvls", "p2p", "gloo"),
+    "cuda": ("alltoall", "p2p", "nccl"),
+}
 
 
 @dataclass(frozen=True)

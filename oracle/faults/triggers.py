@@ -3,6 +3,7 @@
 import torch
 
 from twinmoe.optimized.experts import choose_backend
+from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.subject import bucket_for
 
@@ -99,7 +100,8 @@ def runs_triton(case: Case) -> bool:
 
 
 def _backend(case: Case) -> str:
-    return choose_backend(case.backend, case.config, torch.device("cpu")).name
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    return choose_backend(case.backend, case.config, device).name
 
 
 def asks_again(case: Case) -> bool:

@@ -16,13 +16,24 @@ from tests.gpu.layers import (
     gather_over_tiers,
 )
 from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle import Truth, judge
 from twinmoe.oracle.contracts import graphed_contract
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
 from twinmoe.reference.weights import MoEWeights
 
-BACKENDS = ["grouped_mm", "triton"]
+BACKENDS = ["grouped_mm", "triton", "flashinfer"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each expert backend; those that do not run here say why."""
+    name: str = request.param
+    reason = backend_report(CONFIG, torch.device("cuda", 0))[name]
+    if reason is not None:
+        pytest.skip(reason)
+    return name
 
 
 @pytest.fixture(scope="module", params=sizes())
@@ -32,7 +43,6 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         yield world
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tier", [Tier.P2P, Tier.COLLECTIVE])
 def test_a_thousand_replays_allocate_nothing_and_wait_for_nothing(
     world: World, tier: Tier, backend: str
@@ -47,7 +57,6 @@ def test_a_thousand_replays_allocate_nothing_and_wait_for_nothing(
             assert seen.equals_eager
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_kill_switch_falls_back_and_back_again(world: World, backend: str) -> None:
     """p2p, then the collective library, then p2p: claims, launches, bits and bounds agree."""
     if world.size == 1:

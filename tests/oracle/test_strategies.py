@@ -9,14 +9,21 @@ from hypothesis import strategies as st
 
 from twinmoe.oracle.case import MODES, Case
 from twinmoe.oracle.check import Plan, plan_cells
-from twinmoe.oracle.cli import CPU_TRANSPORTS
 from twinmoe.oracle.doctor import require_case
 from twinmoe.oracle.inputs import hidden_for, weights_for
-from twinmoe.oracle.strategies import CORNERS, DTYPES, EP_SIZES, Cell, cases, usable_backends
+from twinmoe.oracle.strategies import (
+    CORNERS,
+    DEVICE_TRANSPORTS,
+    DTYPES,
+    EP_SIZES,
+    Cell,
+    cases,
+    usable_backends,
+)
 from twinmoe.reference.published import PUBLISHED, scaled
 from twinmoe.reference.router import TopKRouter
 
-CELLS = plan_cells(EP_SIZES, CPU_TRANSPORTS, MODES, DTYPES)
+CELLS = plan_cells(EP_SIZES, DEVICE_TRANSPORTS["cpu"], MODES, DTYPES)
 PATHS = sorted({(cell.transport, cell.mode) for cell in CELLS})
 
 
@@ -140,7 +147,7 @@ def test_every_corner_can_be_run_in_every_cell() -> None:
 @pytest.mark.parametrize(
     ("ep_sizes", "transports", "modes", "dtypes"),
     [
-        (EP_SIZES, CPU_TRANSPORTS, MODES, DTYPES),
+        (EP_SIZES, DEVICE_TRANSPORTS["cpu"], MODES, DTYPES),
         (EP_SIZES, ("p2p",), ("eager",), (torch.bfloat16,)),
         ((2,), ("gloo",), MODES, (torch.float16,)),
         ((1, 8), ("alltoall",), ("eager",), DTYPES),
