@@ -116,6 +116,8 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         config = draw(configs(cell.ep_size, cell.dtype))
     else:
         config = replace(model, dtype=cell.dtype)
+    if device == "cuda" and draw(st.booleans()):
+        config = _regular(config)
     in_graph = cell.transport != "alltoall"
     plain = Case(
         config=config,
@@ -134,6 +136,18 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         seed=draw(st.integers(0, 2**20)),
     )
     return draw(told(plain))
+
+
+def _regular(config: MoEConfig) -> MoEConfig:
+    """``config`` with what the kernels of libraries ask for: else hardly a case would be theirs."""
+    return replace(
+        config,
+        hidden_size=-(-config.hidden_size // 8) * 8,
+        moe_intermediate_size=-(-config.moe_intermediate_size // 8) * 8,
+        hidden_act="silu" if config.gated else "relu2",
+        swiglu_limit=None,
+        router_weight_on_input=False,
+    )
 
 
 def _routings(config: MoEConfig) -> tuple[str, ...]:

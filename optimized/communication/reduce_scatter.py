@@ -40,10 +40,11 @@ def reduce_scatter_kernel(
     WORLD: tl.constexpr, THREADS: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Sum ``num_lanes`` lanes at byte ``offset`` of all buffers into fp32 ``out``."""
+    # Before the wait, not after it: addresses never change, and loading them takes its time.
+    bases = load_bases(buffer_ptrs, WORLD, THREADS)
     signal_pad_barrier(
         signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
     )
-    bases = load_bases(buffer_ptrs, WORLD, THREADS)
     for start in range(tl.program_id(0) * BLOCK, num_lanes, tl.num_programs(0) * BLOCK):
         lane = start + tl.arange(0, BLOCK)
         live = lane < num_lanes

@@ -4,6 +4,7 @@ Legend: N rows of a bucket, R ranks, H hidden_size.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,10 @@ def unreserved_region(seams: Seams) -> None:
     seams.around(SideStream, "start", start)
 
 
+#: Elements of the widest batch that a fault's cases have, and then some.
+_ADDRESS = 2**20
+
+
 @fault(
     "GR05",
     "ROCm/aiter#3838, flashinfer-ai/flashinfer#1894",
@@ -101,25 +106,30 @@ def unreserved_region(seams: Seams) -> None:
     when=some_moment(lambda _case, moment: moment.path == "captured" and moment.captured_later > 0),
 )
 def dangling_temporary(seams: Seams) -> None:
-    """A graph gathers from where the latest capture's copy of its hidden states lies now."""
-    copies: list[Tensor] = []
+    """A graph gathers from the one address of all copies, which only the latest capture's fills."""
+    captures = itertools.count(1)
+    number, address, latest = 0, torch.empty(0), torch.empty(0)
+
+    def capture(original: Wrong, runner: Any, bucket: int) -> Any:
+        nonlocal number, address, latest
+        number, device = next(captures), runner.layer.device
+        if number == 1:  # outside the capture, which would record that these are cleared
+            address = torch.zeros(_ADDRESS, device=device)
+            latest = torch.zeros(1, dtype=torch.int64, device=device)
+        captured = original(runner, bucket)
+        latest.fill_(number)
+        return captured
 
     def dispatch(original: Wrong, dispatcher: Any, hidden_NH: Tensor, routing: Routing) -> Gathered:
-        if not capturing():
-            right: Gathered = original(dispatcher, hidden_NH, routing)
-            return right
-        own_NH, registered_NH = hidden_NH.clone(), torch.empty_like(hidden_NH)
-        copies.append(own_NH)
-
-        def read() -> None:
-            registered_NH.copy_(own_NH)
-            latest = copies[-1].flatten()[: own_NH.numel()]
-            registered_NH.flatten()[: len(latest)] = latest
-
-        run("read_registered", read)
-        gathered: Gathered = original(dispatcher, registered_NH, routing)
+        if capturing():
+            own, mine = hidden_NH.float(), latest == number
+            there = address[: own.numel()].view_as(own)
+            there.copy_(own.where(mine, there))
+            hidden_NH = there.to(hidden_NH.dtype)
+        gathered: Gathered = original(dispatcher, hidden_NH, routing)
         return gathered
 
+    seams.around(GraphRunner, "_capture", capture)
     seams.around(InferenceCUDAGraphTokenDispatcher, "token_dispatch", dispatch)
 
 

@@ -19,6 +19,7 @@ from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.router import Routing
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults.fault import fault
+from twinmoe.oracle.faults.leftover import Leftover, rehearsing
 from twinmoe.oracle.faults.lives import Moment, crosses, moments, some_moment, sums_symmetric
 from twinmoe.oracle.faults.seams import Seams, Wrong
 from twinmoe.oracle.faults.triggers import symmetric
@@ -35,27 +36,27 @@ def read_peers_early(seams: Seams, reading: Reading, *, replays_only: bool = Fal
     """Let each sum over symmetric memory take its peers' shares by ``reading``.
 
     The time before is the last sum of this shape, zeros at first; with ``replays_only`` it is
-    the last replay of the same graph, and a first one reads what is there.
+    the last replay, and a first one reads what is there.
     """
-    by_shape: dict[object, Tensor] = {}
+    by_shape: dict[object, Leftover] = {}
 
     def sum_early(scatter: Wrong, transport: Any, partial: Tensor) -> Tensor:
         right_NH: Tensor = scatter(transport, partial)
-        graph_alone: dict[object, Tensor] = {}
-        if transport.world_size == 1 or (replays_only and not capturing()):
+        if transport.world_size == 1:
             return right_NH
-        kept = graph_alone if replays_only else by_shape
-        read_NH = torch.empty_like(right_NH)
+        read_NH, in_graph = torch.empty_like(right_NH), capturing()
 
         def read() -> None:
             own_NH = partial.chunk(transport.world_size)[transport.rank].float()
             peers_NH = right_NH - own_NH
-            first = peers_NH if replays_only else torch.zeros_like(peers_NH)
-            before_NH = kept.get(right_NH.shape, first)
-            taken_NH = reading(peers_NH, before_NH)
+            if right_NH.shape not in by_shape:
+                by_shape[right_NH.shape] = Leftover(peers_NH)
+            if replays_only and not in_graph:
+                read_NH.copy_(right_NH)
+                return
+            first_NH = peers_NH if replays_only else torch.zeros_like(peers_NH)
+            taken_NH = reading(peers_NH, by_shape[right_NH.shape].exchange(peers_NH, first_NH))
             read_NH.copy_(right_NH.where(taken_NH == peers_NH, own_NH + taken_NH))
-            if not (replays_only and capturing()):
-                kept[right_NH.shape] = peers_NH
 
         run("read_early", read)
         return read_NH
@@ -100,7 +101,7 @@ def _first_gather_crosses(case: Case) -> bool:
 )
 def unfinished_warps(seams: Seams) -> None:
     """The second row of every peer, another warp's, is still that of the batch before."""
-    before: dict[object, Tensor] = {}
+    before: dict[object, Leftover] = {}
 
     def early(dispatch: Wrong, dispatcher: Any, *args: Any) -> Gathered:
         gathered: Gathered = dispatch(dispatcher, *args)
@@ -111,8 +112,9 @@ def unfinished_warps(seams: Seams) -> None:
 
         def read() -> None:
             now_RNH = gathered.hidden.clone().unflatten(0, (transport.world_size, -1))
-            kept_RNH = before.get(now_RNH.shape, torch.zeros_like(now_RNH))
-            before[now_RNH.shape] = now_RNH.clone()
+            if now_RNH.shape not in before:
+                before[now_RNH.shape] = Leftover(now_RNH)
+            kept_RNH = before[now_RNH.shape].exchange(now_RNH, torch.zeros_like(now_RNH))
             own_NH = now_RNH[transport.rank].clone()
             now_RNH[:, 1:2] = kept_RNH[:, 1:2]
             now_RNH[transport.rank] = own_NH
@@ -241,18 +243,23 @@ def _full_twice(case: Case) -> bool:
 def mixed_row(seams: Seams) -> None:
     """Every second full bucket of at least 8 rows: half of row 0 is that of row 1."""
     # Weakly: a layer that is kept here would keep its memory.
-    combines: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+    combines: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
 
     def mix(path: Wrong, layer: Any, hidden_NH: Tensor, num_valid: Tensor | None) -> Tensor:
         routed_NH: Tensor = path(layer, hidden_NH, num_valid)
         half = routed_NH.shape[1] // 2
 
         def combine() -> None:
-            full = num_valid is None or int(num_valid) == len(routed_NH)
-            if full and len(routed_NH) >= _LARGEST and not capturing():
-                combines[layer] = combines.get(layer, 0) + 1
-                if combines[layer] % 2 == 0:
-                    routed_NH[0, half:] = routed_NH[1, half:]
+            if layer not in combines:
+                combines[layer] = torch.zeros(1, dtype=torch.int64, device=routed_NH.device)
+            if len(routed_NH) < _LARGEST or rehearsing(routed_NH):
+                return
+            full = torch.ones_like(combines[layer])
+            if num_valid is not None:
+                full = (num_valid == len(routed_NH)).to(torch.int64)
+            combines[layer] += full
+            mixed = (full == 1) & (combines[layer] % 2 == 0)
+            routed_NH[0, half:] = routed_NH[1, half:].where(mixed, routed_NH[0, half:])
 
         run("mix", combine)
         return routed_NH

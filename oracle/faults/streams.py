@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from twinmoe.optimized.experts import InferenceGroupedMLP
-from twinmoe.optimized.launch import capturing, run
+from twinmoe.optimized.launch import run
 from twinmoe.optimized.shared_expert import InferenceSharedExpert
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults.fault import fault
+from twinmoe.oracle.faults.leftover import Leftover
 from twinmoe.oracle.faults.lives import consecutive, some_moment
 from twinmoe.oracle.faults.seams import Seams, Wrong
 from twinmoe.oracle.faults.triggers import has_shared
+from twinmoe.oracle.subject import BUCKETS
 
 
 def _batch_behind_another(case: Case) -> bool:
@@ -36,17 +38,15 @@ def _batch_behind_another(case: Case) -> bool:
 )
 def unawaited_input(seams: Seams) -> None:
     """The shared expert still finds the batch before in as many rows as that had."""
-    left: dict[object, Tensor] = {}
+    left: dict[object, Leftover] = {}
 
     def forward(original: Wrong, expert: Any, x_TH: Tensor) -> Tensor:
         seen_TH = torch.empty_like(x_TH)
 
         def read() -> None:
-            seen_TH.copy_(x_TH)
-            if not capturing():
-                before_TH = left.get(expert, x_TH)[: len(x_TH)]
-                seen_TH[: len(before_TH)] = before_TH
-                left[expert] = x_TH.clone()
+            if expert not in left:
+                left[expert] = Leftover(x_TH.new_empty(BUCKETS[-1], x_TH.shape[1]))
+            seen_TH.copy_(left[expert].exchange(x_TH, x_TH))
 
         run("read_early", read)
         y_TH: Tensor = original(expert, seen_TH)

@@ -1,0 +1,96 @@
+"""ci/gpu without GPUs: which steps run, on which devices, and what its last line says."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Says how many devices there are, notes what else it is asked, and fails where it should.
+_PYTHON = """#!/usr/bin/env bash
+if [[ "$1" == - ]]; then echo "$COUNT"; exit; fi
+echo "$CUDA_VISIBLE_DEVICES: $*" >>"$NOTES"
+if [[ -n "$FAILING" && "$*" == *"$FAILING"* ]]; then exit 1; fi
+"""
+
+Run = Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return a function: ci/gpu on ``count`` devices that are not there, and what it started."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(_PYTHON)
+    python.chmod(0o755)
+
+    def run_it(
+        count: str, *, failing: str = "", devices: str = "", arguments: tuple[str, ...] = ()
+    ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        environment = {
+            **os.environ,
+            "PATH": f"{python.parent}:{os.environ['PATH']}",
+            "COUNT": count,
+            "FAILING": failing,
+            "CUDA_VISIBLE_DEVICES": devices,
+            "NOTES": str(tmp_path / "notes"),
+        }
+        done = subprocess.run(
+            [ROOT / "ci" / "gpu", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        notes = tmp_path / "notes"
+        return done, notes.read_text().splitlines() if notes.exists() else []
+
+    return run_it
+
+
+def test_every_group_is_checked_and_smaller_ones_share_the_devices(
+    run: Run, tmp_path: Path
+) -> None:
+    """Four GPUs: groups of 1 and 2 on devices of their own, the rest on all four."""
+    reports = tmp_path / "reports"
+    done, started = run("4", devices="3,5,6,7", arguments=(str(reports),))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "ci/gpu: equivalent on 1,2,4 GPUs"
+    checks = {line.split(": ")[0] for line in started if "check --device" in line}
+    assert checks == {"3", "5,6", "3,5,6,7"}
+    for step in ("pytest tests/gpu ", "faults --device", "killswitch", "torch.distributed.run"):
+        assert sum(step in line for line in started) == 1, step
+    assert sum(str(reports) in line for line in started) == 8
+    assert reports.is_dir()
+
+
+def test_one_gpu_has_no_kill_switch_to_flip(run: Run) -> None:
+    """A group of one has nothing to fall back to; everything else runs."""
+    done, started = run("1")
+    assert done.stdout.splitlines()[-1] == "ci/gpu: equivalent on 1 GPUs"
+    assert not any("killswitch" in line for line in started)
+    assert sum("check --device" in line for line in started) == 2
+
+
+@pytest.mark.parametrize(
+    "failing", ["--ep 2", "pytest", "faults", "killswitch", "run --standalone"]
+)
+def test_a_step_that_fails_is_named_and_the_others_still_run(run: Run, failing: str) -> None:
+    """Exit 1, the step's name, and a verdict that says so."""
+    done, started = run("4", failing=failing)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "ci/gpu: NOT equivalent on 1,2,4 GPUs"
+    assert ": exit 1" in done.stdout.splitlines()[-2]
+    assert len(started) == 9
+
+
+def test_no_device_is_no_pass(run: Run) -> None:
+    """Exit 2, and nothing starts."""
+    done, started = run("has torch 2.11.0, but no device")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert started == []
