@@ -78,8 +78,8 @@ class SwappedBlock(nn.Module):
         self.number, self.layer, self.transport, self.calls = number, layer, transport, calls
         self.runner = GraphRunner(layer, buckets=(1, 8, 16))
 
-    def forward(self, hidden_BTH: Tensor) -> tuple[Tensor, None]:
-        """Prefill outside a graph, decode inside; no router logits, which training wants."""
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """Prefill outside a graph, decode inside."""
         hidden_TH = hidden_BTH.flatten(0, 1)
         self.layer.taps = {}
         config, backend = self.layer.config, self.layer.experts.backend_name
@@ -98,7 +98,7 @@ class SwappedBlock(nn.Module):
         )
         seen = RankObservation(out_TH, shown, path)
         self.calls.append(Call(self.number, step, hidden_TH.clone(), seen, contract))
-        return out_TH.view_as(hidden_BTH), None
+        return out_TH.view_as(hidden_BTH)
 
 
 def run_rank(place: RankContext, folder: str, transport: str, seed: int) -> Ran:
@@ -123,7 +123,14 @@ def swap(model: Any, folder: str, place: RankContext, transport: str, calls: lis
         weights = checkpoint.weights_for_rank(number, placement, place.rank, place.group)
         layer = MoELayer(checkpoint.config, weights.to(place.device), place.group, options)
         block = SwappedBlock(number, layer, transport, calls)
-        model.set_submodule(checkpoint.prefix(number), block)
+        decoder = model.model.layers[number]
+        if hasattr(decoder, "block_sparse_moe"):
+            # Mixtral before release 5 of transformers, which unpacks the router's logits too; only
+            # training asks for them.
+            block.register_forward_hook(lambda _block, _given, out: (out, None))
+            decoder.block_sparse_moe = block
+        else:
+            decoder.mlp = block
 
 
 def _tokens(place: RankContext, seed: int) -> Tensor:
@@ -164,6 +171,7 @@ def judged(folder: str, ranks: list[Ran]) -> list[tuple[Call, Verdict]]:
 
 def run_model(name: str, ep_size: int, transport: str, device: str, seed: int = 0) -> bool:
     """Save, load, swap, run and judge one model; print what was found; whether all fits."""
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, World(ep_size, device, timeout_s=60) as world:
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -4,7 +4,7 @@
 
 It ends with exit code 1, and names the mistake:
 
-    this is what one gets if gate and up are swapped: rows of w13 are [gate | up]
+    this is what one gets if gate and up are swapped
 """
 
 from dataclasses import replace

@@ -13,8 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twinmoe.optimized import launch
+from twinmoe.optimized.communication.agreement import (
+    all_or_none,
+    describe,
+    exchange,
+    raise_failure,
+)
 from twinmoe.optimized.communication.eligibility import Tier
 from twinmoe.optimized.cpu_graph import CpuGraph
+from twinmoe.optimized.inputs import check_hidden
 from twinmoe.optimized.layer import MoELayer
 
 
@@ -83,26 +90,33 @@ class GraphRunner:
         """Run T valid rows [T, H]; returns [T, H], a copy out of the static buffer.
 
         ``max_tokens``: the largest T over all ranks, where the caller's scheduler knows
-        it; None asks the group, which costs one small collective on the host.
+        it; None asks the group, which costs one small collective on the host.  All ranks
+        pass the same: given numbers are believed, and ranks that believe different ones
+        replay graphs of different sizes, which ends in a hang or in wrong numbers.
+
         Raises ValueError, on all ranks, if no bucket holds the batch; and on this rank
         for hidden states that do not fit the layer, or more of them than ``max_tokens``.
+        Such a rank keeps nobody waiting: having been asked, its peers raise PeerError; with
+        ``max_tokens`` given nobody may ask, and it replays with no tokens before it raises,
+        so that its peers' answers stand.  A failed capture raises on all ranks, PeerError
+        where it did not fail.  A rank that dies is for the watchdog of the group.
         """
-        self.layer.check_hidden(hidden_TH)
-        tokens = len(hidden_TH)
+        refusal = self._refusal(hidden_TH, max_tokens)
+        if refusal is not None and self.layer.group is None:
+            raise refusal
+        tokens = len(hidden_TH) if refusal is None else 0
         if max_tokens is None:
-            max_tokens = self._largest(tokens)
-        elif tokens > max_tokens:
-            raise ValueError(
-                f"max_tokens ({max_tokens}) must be the largest count of all ranks, but this rank "
-                f"has {tokens} tokens: ranks would take different buckets; pass the maximum or None"
-            )
+            max_tokens = self._largest(tokens, refusal)
         bucket = self.bucket_for(max_tokens)
         captured = self.capture(bucket)
-        captured.hidden_NH[:tokens].copy_(hidden_TH)
+        if refusal is None:
+            captured.hidden_NH[:tokens].copy_(hidden_TH)
         captured.num_valid.fill_(tokens)
         captured.graph.replay()
         captured.replays += 1
         self.last, self.last_bucket = captured, bucket
+        if refusal is not None:
+            raise refusal
         return captured.output_NH[:tokens].clone()
 
     def static_tensors(self) -> list[Tensor]:
@@ -135,9 +149,11 @@ class GraphRunner:
     @torch.no_grad()
     def _capture(self, bucket: int) -> _Captured:
         config, device = self.layer.config, self.layer.device
-        hidden_NH = torch.zeros(bucket, config.hidden_size, dtype=config.dtype, device=device)
-        num_valid = torch.zeros(1, dtype=torch.int32, device=device)
-        with self.layer.graphed():
+        doing, group = f"to capture a graph of {bucket} rows", self.layer.group
+        with all_or_none(doing, group):  # before the first collective that waits for all
+            hidden_NH = torch.zeros(bucket, config.hidden_size, dtype=config.dtype, device=device)
+            num_valid = torch.zeros(1, dtype=torch.int32, device=device)
+        with all_or_none(doing, group), self.layer.graphed():
             self._warm_up(hidden_NH, num_valid)
             graph = CudaGraph() if device.type == "cuda" else CpuGraph()
             with graph.capture():
@@ -154,12 +170,31 @@ class GraphRunner:
             self.layer(hidden_NH, num_valid)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _largest(self, tokens: int) -> int:
-        if self.layer.group is None:
+    def _refusal(self, hidden_TH: Tensor, max_tokens: int | None) -> ValueError | None:
+        """Why this rank cannot run the batch."""
+        try:
+            check_hidden(hidden_TH, self.layer.config, self.layer.device)
+        except ValueError as error:
+            return error
+        tokens = len(hidden_TH)
+        if max_tokens is None or tokens <= max_tokens:
+            return None
+        return ValueError(
+            f"max_tokens ({max_tokens}) must be the largest count of all ranks, but this rank has "
+            f"{tokens} tokens: ranks would take different buckets; pass the maximum or None"
+        )
+
+    def _largest(self, tokens: int, refusal: ValueError | None) -> int:
+        """The most tokens of any rank; raises, on all ranks, if one has a ``refusal``."""
+        group = self.layer.group
+        if group is None:
             return tokens
-        count = torch.tensor([tokens], device=self.layer.device)
+        count = torch.tensor([tokens, refusal is not None], device=self.layer.device)
         launch.run("largest_batch", lambda: self._maximum(count))
-        return int(count)
+        most, refused = count.tolist()
+        if refused:
+            raise_failure(refusal, exchange(describe(refusal), group))
+        return int(most)
 
     def _maximum(self, count: Tensor) -> None:
         dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.layer.group)

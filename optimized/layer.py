@@ -9,7 +9,7 @@ S dispatched slots, R ranks.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,9 @@ from twinmoe.optimized.communication.agreement import group_rank, group_size
 from twinmoe.optimized.communication.interface import Transport
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
+from twinmoe.optimized.inputs import check_hidden, check_num_valid
 from twinmoe.optimized.options import InferenceOptions, check_agreement
+from twinmoe.optimized.router import Routing
 from twinmoe.optimized.shared_expert import SideStream
 from twinmoe.optimized.spec import InferenceSpecProvider
 from twinmoe.reference.config import MoEConfig
@@ -143,15 +145,22 @@ class MoELayer(nn.Module):
         ``num_valid``: on the graphed path, a device tensor of one integer; rows from it
         on are padding, whose content is never computed on and whose output is 0 plus
         whatever the shared expert makes of it.  All ranks pass the same number of rows
-        on the graphed path.  Raises ValueError for a tensor that does not fit.
+        on the graphed path.
+
+        Raises ValueError for a tensor that does not fit.  The peers do not wait for a rank
+        that raises before the first collective: on the eager path they raise PeerError, which
+        names it; on the graphed path, where nobody may ask, it takes part with no tokens, so
+        that their answers stand.  A rank whose experts fail on the graphed path contributes
+        NaN.  One that passes another number of rows there, or that dies, is for the watchdog of
+        the group.
         """
-        self.check_hidden(hidden_TH)
-        self._check_num_valid(num_valid)
-        hidden_TH = hidden_TH.contiguous()
-        shared_expert = self.shared_expert
         shared = None
-        if shared_expert is not None:
-            shared = self._beside.start(lambda: shared_expert(hidden_TH))
+        with self._nobody_waits(hidden_TH):
+            check_hidden(hidden_TH, self.config, self.device)
+            check_num_valid(num_valid, self.device, is_graphed=self._is_graphed)
+            hidden_TH = hidden_TH.contiguous()
+            if (shared_expert := self.shared_expert) is not None:
+                shared = self._beside.start(lambda: shared_expert(hidden_TH))
         try:
             routed_TH = (
                 self._graphed_path(hidden_TH, num_valid)
@@ -169,8 +178,9 @@ class MoELayer(nn.Module):
         return torch.add(routed_TH, shared(), out=torch.empty_like(hidden_TH))
 
     def _eager_path(self, hidden_TH: Tensor) -> Tensor:
-        routing = self.eager_router(hidden_TH)
-        slots_TKH, weights_TK = _weigh_input(self.config, hidden_TH, routing.weights_TK)
+        with self._nobody_waits(hidden_TH):
+            routing = self.eager_router(hidden_TH)
+            slots_TKH, weights_TK = _weigh_input(self.config, hidden_TH, routing.weights_TK)
         dispatched = self.eager_dispatcher.token_dispatch(slots_TKH, routing.ids_TK)
         x_SH, local_expert_S, metadata = dispatched
         y_SH = self.experts.expert_rows(x_SH, local_expert_S)
@@ -181,11 +191,22 @@ class MoELayer(nn.Module):
         return (weights_TK[..., None] * y_TKH.float()).sum(dim=1)
 
     def _graphed_path(self, hidden_NH: Tensor, num_valid: Tensor | None) -> Tensor:
-        routing = self.router(hidden_NH, num_valid)
+        with self._nobody_waits(hidden_NH):
+            routing = self.router(hidden_NH, num_valid)
+        return self._with_all_ranks(hidden_NH, routing)
+
+    def _with_all_ranks(self, hidden_NH: Tensor, routing: Routing) -> Tensor:
+        """All that the graphed path does together with the peers."""
         gathered = self.dispatcher.token_dispatch(hidden_NH, routing)
         gathered = self.dispatcher.dispatch_postprocess(gathered)
         partial = self.dispatcher.partial_buffer(gathered)
-        self.experts(gathered.hidden, gathered.ids, gathered.weights, partial)
+        try:
+            self.experts(gathered.hidden, gathered.ids, gathered.weights, partial)
+        except Exception:
+            # The peers wait for this rank's share: NaN cannot be taken for one.
+            with suppress(Exception):  # a capture that has come to grief refuses even that
+                self.dispatcher.token_combine(partial.fill_(torch.nan))
+            raise
         partial = self.dispatcher.combine_preprocess(partial)
         routed_NH = self.dispatcher.token_combine(partial)
         self._tap("ids", routing.ids_TK)
@@ -195,6 +216,28 @@ class MoELayer(nn.Module):
         self._tap("gathered_weights", gathered.weights)
         self._tap("partial", partial)
         return routed_NH
+
+    @contextmanager
+    def _nobody_waits(self, hidden_TH: Tensor) -> Iterator[None]:
+        """Around what may fail on this rank alone before its first collective; see `forward`."""
+        if not self._is_graphed:
+            with self.eager_dispatcher.told_to_peers(self.device):
+                yield
+            return
+        try:
+            yield
+        except Exception:
+            if self.group is not None and hidden_TH.dim() == 2:
+                with suppress(Exception):  # a capture that has come to grief refuses even that
+                    self._with_all_ranks(*self._no_tokens(len(hidden_TH)))
+            raise
+
+    def _no_tokens(self, rows: int) -> tuple[Tensor, Routing]:
+        """``rows`` of padding, as the router leaves it."""
+        config, device = self.config, self.device
+        hidden_NH = torch.zeros(rows, config.hidden_size, dtype=config.dtype, device=device)
+        weights_NK = torch.zeros(rows, config.num_experts_per_tok, device=device)
+        return hidden_NH, Routing(torch.full_like(weights_NK, -1, dtype=torch.int32), weights_NK)
 
     # --- weights and reports ------------------------------------------------------------
 
@@ -221,29 +264,6 @@ class MoELayer(nn.Module):
     def _tap(self, name: str, tensor: Tensor) -> None:
         if self.taps is not None:
             self.taps[name] = tensor
-
-    def check_hidden(self, hidden_TH: Tensor) -> None:
-        """Raise ValueError unless these are [tokens, hidden_size] in the config's dtype."""
-        hidden, dtype = self.config.hidden_size, self.config.dtype
-        if hidden_TH.dim() != 2 or hidden_TH.shape[1] != hidden or hidden_TH.dtype is not dtype:
-            raise ValueError(
-                f"hidden states of shape {tuple(hidden_TH.shape)} and {hidden_TH.dtype} do not fit "
-                f"the layer: rows are multiplied as they are; pass [tokens, {hidden}] in {dtype}"
-            )
-
-    def _check_num_valid(self, num_valid: Tensor | None) -> None:
-        if num_valid is None:
-            return
-        if not self._is_graphed:
-            raise ValueError(
-                "num_valid is for the graphed path: the eager path takes exactly the valid rows; "
-                "slice them, or call set_inference_cuda_graphed_iteration() first"
-            )
-        if num_valid.numel() != 1 or num_valid.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"num_valid of shape {tuple(num_valid.shape)} and {num_valid.dtype} is no row "
-                "count: kernels read one integer; pass one int32 or int64 on the layer's device"
-            )
 
 
 def _weigh_input(config: MoEConfig, hidden_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:

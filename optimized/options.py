@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from twinmoe.optimized.communication.agreement import exchange
+from twinmoe.optimized.communication.agreement import describe, exchange
 from twinmoe.optimized.communication.eligibility import Tier
 from twinmoe.reference.config import ConfigError, MoEConfig
 
@@ -64,7 +64,7 @@ def check_agreement(
 
     ``failure`` is what this rank stumbled over.  Raises it, or ConfigError on the others.
     """
-    told = exchange((failure and f"{type(failure).__name__}: {failure}", config, options), group)
+    told = exchange((describe(failure), config, options), group)
     if failure is not None:
         raise failure
     for rank, (stumbled_over, *settings) in enumerate(told):

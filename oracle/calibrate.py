@@ -77,6 +77,7 @@ def calibrate_paths(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     loosen: float = 1.0,
+    timeout_s: float = 15.0,
     advance: Callable[[], None] = lambda: None,
 ) -> list[PathRecord]:
     """Run ``draws`` cases of every path at every EP size, and the reference on the same ones.
@@ -86,7 +87,7 @@ def calibrate_paths(
     records: dict[tuple[str, int], PathRecord] = {}
     with ExitStack() as worlds:
         for ep_size in ep_sizes:
-            world = worlds.enter_context(World(ep_size, device))
+            world = worlds.enter_context(World(ep_size, device, timeout_s))
             cases = calibration_cases(ep_size, transports, dtype, draws, seed)
             for number, case in enumerate(cases):
                 # every path gets the same draws, so the reference answers them once

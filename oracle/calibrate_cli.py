@@ -25,8 +25,8 @@ from twinmoe.oracle.compare_criteria import (
     compare_criteria,
 )
 from twinmoe.oracle.criteria import CRITERIA, OURS
-from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.subject_cli import subject_option
+from twinmoe.oracle.failures import WorkerFailure, account
+from twinmoe.oracle.subject_cli import subject_option, timeout_option
 from twinmoe.oracle.suggest_cli import suggest, suggest_option
 from twinmoe.reference.config import DTYPES
 
@@ -65,6 +65,7 @@ _console = Console()
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Save a picture.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@timeout_option
 @suggest_option
 @subject_option
 def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) -> None:
@@ -72,7 +73,8 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
 
     With --compare-criteria: the share of mistakes that common criteria and ours see.  With
     --cost: what a judgement costs.  With --suggest-contract: where somebody's layer rounds.
-    Exit codes: 0 measured, 1 a correct layer was called wrong, 2 could not run.
+    Exit codes: 0 measured, 1 a correct layer was called wrong, or no contract fits
+    somebody's layer, 2 could not run.
     """
     try:
         _check_targets(options["plot"], options["json_file"])
@@ -80,7 +82,10 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
         if suggesting:
             measure = partial(suggest, _console, _progress)
         alarms = measure(**options)
-    except (plots.PlotError, WorkerFailure, click.ClickException) as error:
+    except WorkerFailure as failure:
+        click.echo(account(failure), err=True)
+        sys.exit(2)
+    except (plots.PlotError, click.ClickException) as error:
         click.echo(f"twinmoe: {error}", err=True)
         sys.exit(2)
     sys.exit(1 if alarms else 0)
@@ -121,13 +126,16 @@ def _calibrate(
     dtype: str,
     seed: int,
     loosen: float,
+    timeout: float,
     plot: Path | None,
     json_file: Path | None,
     **_unused: Any,
 ) -> bool:
     total = draws * len(EP_SIZES) * len(TRANSPORTS) * len(BACKENDS)
     with _progress("running paths", total) as advance:
-        records = calibrate_paths(draws, seed, dtype=DTYPES[dtype], loosen=loosen, advance=advance)
+        records = calibrate_paths(
+            draws, seed, dtype=DTYPES[dtype], loosen=loosen, timeout_s=timeout, advance=advance
+        )
     _console.print(path_table(records))
     alarms = [line for record in records for line in record.alarms]
     for line in alarms:

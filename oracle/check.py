@@ -103,8 +103,9 @@ def plan_cells(
 class CellResult:
     """What one cell's cases showed.  ``worst_ratio`` is over all subjects' outputs.
 
-    ``planted`` counts the cases that the plan's fault could reach, ``undecided`` those of
-    anyone's layer that near ties leave open, because it shows no expert ids.
+    ``planted`` counts the cases that the plan's fault could reach, ``answered`` those in which
+    no worker failed, ``undecided`` those of anyone's layer that near ties leave open, because it
+    shows no expert ids.
     """
 
     cell: Cell
@@ -120,6 +121,7 @@ class CellResult:
     tokens: int = 0
     seconds: float = 0.0
     judge_seconds: float = 0.0
+    answered: int = 0
     ran: Counter[tuple[str, str]] = field(default_factory=Counter)
     configs: set[MoEConfig] = field(default_factory=set)
     failure: Outcome | None = None
@@ -139,6 +141,7 @@ class CellResult:
         self.configs.add(case.config)
         if outcome is None:
             return
+        self.answered += 1
         self.seconds += outcome.run_seconds + outcome.judge_seconds
         self.judge_seconds += outcome.judge_seconds
         self.ran[_what_ran(list(outcome.paths.values())[-1])] += 1
@@ -297,6 +300,11 @@ class Summary:
     def cases(self) -> int:
         """Cases judged."""
         return sum(result.cases for result in self.results)
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether anyone's layer failed on every case: then nothing was judged."""
+        return self.plan.subject is not None and not any(one.answered for one in self.results)
 
     @property
     def undecided(self) -> int:

@@ -1,6 +1,7 @@
 """The command line: ``twinmoe check``, ``replay``, ``doctor``, ``contracts``, ``calibrate``.
 
-Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 130 interrupted.
+Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 130 interrupted.  Anyone's layer
+that raises is not equivalent if it answered other cases, and could not run if it answered none.
 """
 
 import os
@@ -21,18 +22,22 @@ from twinmoe.oracle.bench_cli import bench
 from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
-from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.contracts_cli import contracts
+from twinmoe.oracle.failures import WorkerFailure, account
 from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.golden_cli import golden
+from twinmoe.oracle.interrupts import heard_once
 from twinmoe.oracle.killswitch_cli import killswitch
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, EP_SIZES, Cell
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_cli import (
     MORE_CASES,
     asked_of_subject,
+    could_not_run,
     not_judged,
     plain_name,
     subject_option,
+    timeout_option,
 )
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
@@ -53,7 +58,8 @@ class _Program(click.Group):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run the command line and exit the process."""
         try:
-            super().main(*args, **{**extra, "standalone_mode": False})
+            with heard_once():
+                super().main(*args, **{**extra, "standalone_mode": False})
             sys.exit(EQUIVALENT)
         except click.UsageError as error:
             asked = error.ctx.command_path if error.ctx else "twinmoe"
@@ -108,7 +114,8 @@ def main() -> None:
 
 @main.command(name="check")
 @click.option(
-    "--ep", default=",".join(map(str, EP_SIZES)), callback=_ep_sizes, show_default=True,
+    "--ep", default=",".join(map(str, EP_SIZES)), callback=_ep_sizes,
+    show_default=f"{','.join(map(str, EP_SIZES))}; 1 with --subject",
     help="Expert-parallel sizes.",
 )  # fmt: skip
 @click.option("--transport", default=None, help="Transports; all that this device has by default.")
@@ -129,22 +136,22 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--fault", default="", help="Plant this fault: the check must fail.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option(
-    "--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True,
-    help="Seconds without progress that count as a hang.",
-)  # fmt: skip
+@timeout_option
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 @subject_option
 def check_command(**options: Any) -> None:
     """Run both twins side by side over every path, and judge each output element."""
     summary = _run_check(**asked_of_subject(options))
+    if options["json_file"] is not None:
+        report.write_json(summary, options["json_file"])
+    if summary.unanswered:
+        click.echo(report.failures(summary)[0], err=True)
+        _end(could_not_run(summary), COULD_NOT_RUN)
     if summary.plan.subject is None:
         verified = diagnosis.not_verified(options["device"])
     else:
         verified = not_judged(summary)
     report.show(summary, _console, verified)
-    if options["json_file"] is not None:
-        report.write_json(summary, options["json_file"])
     sys.exit(EQUIVALENT if summary.equivalent else NOT_EQUIVALENT)
 
 
@@ -240,7 +247,7 @@ def _short(cell: Cell) -> str:
 @main.command()
 @click.argument("case")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True)
+@timeout_option
 @subject_option
 def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
     """Run one CASE line again and print its verdicts."""
@@ -253,6 +260,9 @@ def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
             if subject is not None:
                 trial.diagnose(outcome)
         except WorkerFailure as failure:
+            if subject is not None:
+                click.echo(account(failure), err=True)
+                _end(f"{subject} gave no answer, so there is no verdict", COULD_NOT_RUN)
             _console.print(f"{type(failure).__name__}: {failure}", markup=False, soft_wrap=True)
             sys.exit(NOT_EQUIVALENT)
     for name, verdict in outcome.verdicts.items():
@@ -270,15 +280,9 @@ def doctor() -> None:
     _console.print(diagnosis.versions(), highlight=False)
 
 
-@main.command()
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16")
-def contracts(dtype: str) -> None:
-    """Show where each path declares that it rounds: what the judge holds it to."""
-    _console.print(report.contract_table(DTYPES[dtype]))
-
-
 main.add_command(bench)
 main.add_command(calibrate)
+main.add_command(contracts)
 main.add_command(faults)
 main.add_command(golden)
 main.add_command(killswitch)

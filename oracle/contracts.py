@@ -3,13 +3,14 @@
 A change here is a change of what the judge accepts: it needs a reason in its commit.
 """
 
+import itertools
 from dataclasses import replace
 
 import torch
 
 from twinmoe.optimized.experts import BACKENDS
 from twinmoe.oracle.contract import RoundingContract, Wire, storage_contract
-from twinmoe.oracle.rounding import FORMATS, HOPPER_FP16
+from twinmoe.oracle.rounding import CPU_BF16, FORMATS, HOPPER_FP16
 from twinmoe.reference.config import MoEConfig
 
 #: How each tier sums the ranks' shares.  The all-gather is a copy on every tier.
@@ -29,7 +30,7 @@ def reference_contract(config: MoEConfig) -> RoundingContract:
 def eager_contract(config: MoEConfig, backend: str, device_type: str = "cpu") -> RoundingContract:
     """AlltoAll dispatch: the reference's sums, the expert backend's roundings."""
     stored = storage_contract(f"alltoall + {backend}", config.dtype)
-    return _on(device_type, config, _with_experts(stored, backend))
+    return _on(device_type, config, backend, _with_experts(stored, backend))
 
 
 def graphed_contract(
@@ -52,11 +53,11 @@ def graphed_contract(
         wire=WIRE_OF_TIER[tier],
         reduced=None if tier == "p2p" else payload,
     )
-    return _on(device_type, config, _with_experts(wired, backend))
+    return _on(device_type, config, backend, _with_experts(wired, backend))
 
 
-def own_contracts(dtype: torch.dtype) -> list[RoundingContract]:
-    """Every contract of this project's paths for one model dtype."""
+def own_contracts(dtype: torch.dtype, device_type: str = "cpu") -> list[RoundingContract]:
+    """Every contract of this project's paths for one model dtype, the reference's first."""
     config = MoEConfig(
         hidden_size=64,
         moe_intermediate_size=64,
@@ -65,18 +66,26 @@ def own_contracts(dtype: torch.dtype) -> list[RoundingContract]:
         dtype=dtype,
     )
     contracts = [reference_contract(config)]
-    contracts += [eager_contract(config, backend) for backend in BACKENDS]
-    for tier in WIRE_OF_TIER:
+    contracts += [eager_contract(config, backend, device_type) for backend in BACKENDS]
+    for backend, tier in itertools.product(BACKENDS, WIRE_OF_TIER):
         for wire_dtype in dict.fromkeys((torch.float32, dtype)):
-            contract = graphed_contract(config, "grouped_mm", tier, wire_dtype)
-            contracts.append(replace(contract, name=f"{tier}, {FORMATS[wire_dtype].name} wire"))
+            contract = graphed_contract(config, backend, tier, wire_dtype, device_type)
+            wire = FORMATS[wire_dtype].name
+            contracts.append(replace(contract, name=f"{contract.name}, {wire} wire"))
     return contracts
 
 
-def _on(device_type: str, config: MoEConfig, contract: RoundingContract) -> RoundingContract:
-    """``contract`` with the accumulator that GEMMs have on this type of device."""
+def _on(
+    device_type: str, config: MoEConfig, backend: str, contract: RoundingContract
+) -> RoundingContract:
+    """``contract`` with the accumulator that GEMMs have on this type of device.
+
+    On a CPU grouped_mm multiplies bf16 as it is stored, the triton backend in fp32.
+    """
     if device_type == "cuda" and config.dtype is torch.float16:
         return replace(contract, accumulator=HOPPER_FP16)
+    if (device_type, backend, config.dtype) == ("cpu", "grouped_mm", torch.bfloat16):
+        return replace(contract, accumulator=CPU_BF16)
     return contract
 
 

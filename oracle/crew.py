@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,7 @@ from twinmoe.optimized import launch
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.oracle import breadcrumbs, worker
 from twinmoe.oracle.breadcrumbs import Footprint, Trail
+from twinmoe.oracle.interrupts import held_back
 
 #: Time for workers to leave on their own before they are killed.
 _GOODBYE_S = 5.0
@@ -50,7 +51,7 @@ class Crew:
     def _start(self, context: ForkServerContext | SpawnContext, post: worker.Post) -> None:
         post.stack_file.touch()
         ours, theirs = context.Pipe()
-        with theirs:
+        with theirs, held_back():
             process = context.Process(
                 target=worker.serve,
                 args=(post, theirs, self._trails, dict(os.environ)),
@@ -58,8 +59,8 @@ class Crew:
                 daemon=True,
             )
             process.start()
-        self.pipes.append(ours)
-        self.processes.append(process)
+            self.pipes.append(ours)
+            self.processes.append(process)
 
     def start_task(self, data: bytes) -> None:
         """Send a task to every rank, with all trails erased: the workers are idle."""
@@ -142,8 +143,10 @@ def _context(device: str) -> ForkServerContext | SpawnContext:
     # The fork server imports its preload before it learns the driver's sys.path.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    resource_tracker.ensure_running()  # lets signals in again, whoever held them back
     try:
-        forkserver.ensure_running()
+        with held_back():
+            forkserver.ensure_running()
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]

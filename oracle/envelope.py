@@ -185,9 +185,12 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     if accumulator.block:
         cut = accumulator.block_unit * (size + value.abs())
         error = error + -(-terms // accumulator.block) * cut
-    error = error + (one_norm > 0).double() * (terms * accumulator.underflow)
+    lost = max(accumulator.underflow, accumulator.drops_below)
+    error = error + (one_norm > 0).double() * (terms * lost)
     exact = _sums_are_exact(x, weight, one_norm, accumulator)
     error = torch.where(exact, 0.0, error)
+    if accumulator.drops_below:
+        error = error + _dropped(x, weight.abs(), accumulator.drops_below)
     if accumulator.aligned_from:
         least = accumulator.aligned_from
         nominal = _raised(x.value, least) @ _raised(weight, least).T
@@ -195,6 +198,16 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     # where some order of summation may overflow, anything may come out
     error = torch.where(one_norm + error > accumulator.max_value, torch.inf, error)
     return type(x)(value, x.join(propagated, error))
+
+
+def _dropped(x: Enclosure, columns: Tensor, least: float) -> Tensor | float:
+    """The sums of magnitudes of those products of which a factor may be below ``least``."""
+    size, sure = x.magnitude(), x.value.abs() - x.error() >= least
+    heavy = columns.where(columns >= least, 0.0)
+    light = columns - heavy
+    if not (size.masked_fill(sure, 0.0).any() or light.any()):
+        return 0.0  # as in nearly all
+    return size.where(~sure, 0.0) @ columns.T + size.where(sure, 0.0) @ light.T
 
 
 def _raised(factor: Tensor, least: float) -> Tensor:

@@ -5,16 +5,23 @@ import signal
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from twinmoe.oracle.breadcrumbs import Footprint, Phase
 
-#: How an innocent rank's collective ends when another rank has gone away.
+#: How an innocent rank's collective ends when another rank has gone away, or says that it cannot.
 _SECONDARY = re.compile(
     r"closed by (remote )?peer|connection (was )?(closed|reset|refused)|broken pipe|socket timeout"
-    r"|timed out (waiting|after)|remote process exited",
+    r"|timed out (waiting|after)|remote process exited|all ranks or (by|on) none",
     re.IGNORECASE,
 )
 
+
+#: Beyond it, calls are those of anyone's layer.
+ADAPTER = str(Path(__file__).with_name("plain_layer.py"))
+
+#: What the adapter itself raises about a layer.
+LAYER_ERROR = "LayerError"
 
 #: One frame of a traceback.
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (\S+)', re.MULTILINE)
@@ -33,9 +40,20 @@ class Raised:
 
     @property
     def place(self) -> str:
-        """File, line and function that raised; empty if the traceback does not say."""
+        """File, line and function that raised; empty if the traceback does not say.
+
+        Of anyone's layer, the last line in its own file, however deep it went from there.
+        """
         frames = _FRAME.findall(self.traceback)
+        adapters = [number for number, frame in enumerate(frames) if frame[0] == ADAPTER]
+        if adapters:
+            frames = [frame for frame in frames[adapters[-1] + 1 :] if not _is_ours(frame[0])]
+            frames = [frame for frame in frames if frame[0] == frames[0][0]]
         return "{}:{} in {}".format(*frames[-1]) if frames else ""
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).parent == Path(ADAPTER).parent
 
 
 class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of the program
@@ -77,13 +95,14 @@ class WorkerDied(WorkerFailure):
 
 
 class WorkerError(WorkerFailure):
-    """The task raised on ``ranks``: ``exception_type`` (a name), ``text`` and ``traceback``."""
+    """The task raised on ``ranks``: ``exception_type`` (a name), ``text``, ``traceback``, place."""
 
     def __init__(
         self, ranks: Sequence[int], raised: Raised, footprints: Mapping[int, Footprint], told: str
     ) -> None:
         self.exception_type, self.text = raised.type_name, raised.text
         self.traceback = raised.traceback
+        self.place = raised.place
         where = f"\n  at {raised.place}" if raised.place else ""
         said = f"{name_ranks(ranks)} raised {raised}{where}\n  {told}"
         super().__init__(said, ranks, footprints)
@@ -106,8 +125,19 @@ class WorkerHang(WorkerFailure):
         )
 
 
+def account(failure: WorkerFailure) -> str:
+    """What went wrong, the place in anyone's code first, for him to click on."""
+    if not isinstance(failure, WorkerError):
+        return f"{type(failure).__name__}: {failure}"
+    if failure.exception_type == LAYER_ERROR:  # which says where
+        return f"{failure.text} (on {name_ranks(failure.ranks)})"
+    place = f"{failure.place}: " if failure.place else ""
+    said = f": {failure.text}" if failure.text else ""
+    return f"{place}{failure.exception_type}{said} (on {name_ranks(failure.ranks)})"
+
+
 def is_secondary(text: str) -> bool:
-    """Whether an exception's text says only that another rank has gone away."""
+    """Whether an exception's text says only that another rank has gone away or given up."""
     return _SECONDARY.search(text) is not None
 
 

@@ -3,7 +3,7 @@
 Exit codes of ``compare``: 0 equivalent, 1 not equivalent, 2 the file, or the request, is unusable.
 """
 
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +16,32 @@ from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.case import TRANSPORTS, Case
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.golden import (
+    Comparison,
     GoldenError,
     Target,
     compare,
     drawn_cases,
+    export,
     load,
     record,
     report,
     save,
 )
 from twinmoe.oracle.golden.record import SUBJECT, NotEquivalentError, check_recordable
+from twinmoe.oracle.golden.suites import suite, suites
+from twinmoe.oracle.golden.target import on_device, questions, shared_evenly
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import ConfigError
 from twinmoe.reference.published import PUBLISHED, published, scaled
 
 _DRAWN = {"cpu": ("p2p", "nvls", "gloo", "alltoall"), "cuda": ("p2p", "nccl", "alltoall")}
 
+#: Cases that are drawn, and ranks that share them, unless said otherwise.
+_CASES, _RANKS = 8, 2
+
 _console = Console()
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = click.Path(path_type=Path)
 _device = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True
 )
@@ -49,48 +56,79 @@ def golden() -> None:
     """Record cases with their truth; compare with a recording elsewhere, later."""
 
 
-@golden.command(name="record")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--cases", type=click.IntRange(1), help="Draw so many cases; 8 by default.")
-@click.option("--case", "lines", multiple=True, help="Record this case line; may be repeated.")
-@click.option("--model", type=click.Choice(list(PUBLISHED)), help="Draw of a published geometry.")
-@click.option("--scale", type=click.IntRange(1), default=1, help="Divide the model's widths.")
+def _list_of_suites() -> str:
+    lines = [f"{name} ({len(one.cases)} cases): {one.about}" for name, one in suites().items()]
+    return "Suites:\n\n" + "\n\n".join(lines)
+
+
+@golden.command(name="record", epilog=_list_of_suites())
+@click.argument("file", type=_FILE)
 @click.option(
-    "--ep", type=click.IntRange(1), default=2, show_default=True, help="Ranks of drawn cases."
+    "--suite", "suite_name", type=click.Choice(list(suites())),
+    help="Record the cases of a suite; they are listed below.",
+)  # fmt: skip
+@click.option("--case", "lines", multiple=True, help="Record this case line; may be repeated.")
+@click.option("--cases", type=click.IntRange(1), help=f"Draw so many cases; {_CASES} by default.")
+@click.option("--model", type=click.Choice(list(PUBLISHED)), help="Draw of a published geometry.")
+@click.option("--scale", type=click.IntRange(1), help="Divide the model's widths.")
+@click.option("--seed", type=int, help="Of the drawn cases; 0 by default.")
+@click.option(
+    "--ep", type=click.IntRange(1), help=f"Ranks that share the tokens; {_RANKS} for drawn cases."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn cases.")
 @_device
 @_timeout
 def record_command(
     file: Path,
-    cases: int | None,
+    suite_name: str | None,
     lines: Sequence[str],
+    cases: int | None,
     model: str | None,
-    scale: int,
-    ep: int,
-    seed: int,
+    scale: int | None,
+    seed: int | None,
+    ep: int | None,
     device: str,
     timeout: float,
 ) -> None:
-    """Record cases into FILE: their truth, and what the optimized layer shows now."""
+    """Record cases into FILE: their truth, and what the optimized layer shows now.
+
+    Cases are those of a suite, or case lines, or drawn: of all layers, or of a --model.
+    """
     diagnosis.require(device)
-    chosen = [Case.parse(line) for line in lines]
-    if cases or not chosen:
-        geometry = scaled(published(model), scale) if model else None
-        chosen += drawn_cases(
-            cases or 8, ep_size=ep, transports=_DRAWN[device], draw_seed=seed, model=geometry,
+    drawing = {"--cases": cases, "--model": model, "--scale": scale, "--seed": seed}
+    _check_one_way({"--suite": suite_name, "--case": lines or None, **drawing})
+    if suite_name is not None:
+        chosen = [on_device(case, device) for case in suite(suite_name).cases]
+        chosen = [shared_evenly(case, ep or case.ep_size) for case in chosen]
+    elif lines:
+        if ep is not None:
+            raise ConfigError(
+                f"--ep ({ep}) contradicts --case, whose line has its own ranks: write as many "
+                "counts into its T, or drop --ep"
+            )
+        chosen = [Case.parse(line) for line in lines]
+    else:
+        if scale is not None and model is None:
+            raise ConfigError(
+                f"--scale ({scale}) has nothing to scale: it divides a published model's widths; "
+                f"add --model, one of {', '.join(PUBLISHED)}"
+            )
+        chosen = drawn_cases(
+            cases or _CASES,
+            ep_size=ep or _RANKS,
+            transports=_DRAWN[device],
+            draw_seed=seed or 0,
+            model=scaled(published(model), scale or 1) if model else None,
             device=device,
-        )  # fmt: skip
-    elif model:
-        raise ConfigError(
-            f"--model ({model}) is for drawn cases, but only --case is given: the line has its own "
-            "layer; add --cases N, or drop one of the two"
         )
     for case in chosen:
         check_recordable(case)
         diagnosis.require_case(case, device)
-    if not file.parent.is_dir():
-        raise ConfigError(f"FILE ({file}) has no folder to lie in: create {file.parent} first")
+    _check_place(file)
+    if file.exists():
+        raise ConfigError(
+            f"FILE ({file}) exists: a recording is a norm, which nobody overwrites by accident; "
+            "remove it first, or choose another name"
+        )
     with _bar() as progress, Trial(device, timeout, (SUBJECT,)) as trial:
         task = progress.add_task("recording", total=len(chosen))
         try:
@@ -98,15 +136,38 @@ def record_command(
         except (NotEquivalentError, WorkerFailure) as failure:
             _tell(f"{type(failure).__name__}: {failure}")
             sys.exit(1)
-    save(recording, file)
-    _tell(f"recorded {len(chosen)} cases into {file}, {file.stat().st_size} bytes")
+    try:
+        save(recording, file)
+    except OSError as error:
+        raise ConfigError(
+            f"file ({file}) cannot be written: {error.strerror}, and nothing of it is left; make "
+            "room, or choose another place"
+        ) from None
+    count = "1 case" if len(chosen) == 1 else f"{len(chosen)} cases"
+    _tell(f"recorded {count} into {file}, {file.stat().st_size} bytes")
+
+
+def _check_one_way(given: dict[str, object]) -> None:
+    """Raise ConfigError for two ways of choosing cases at a time; the options of a draw are one."""
+    named = [name for name, value in given.items() if value is not None]
+    ways = {name if name in ("--suite", "--case") else "a draw": name for name in named}
+    if len(ways) > 1:
+        raise ConfigError(
+            f"{' and '.join(ways.values())} choose cases in different ways: give --suite, or "
+            "--case (as often as you like), or the options of a draw (--cases, --model, --scale, "
+            "--seed)"
+        )
 
 
 @golden.command(name="compare")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_FILE)
 @click.option("--transport", type=click.Choice(TRANSPORTS), help="Instead of each case's own.")
 @click.option("--ep", type=click.IntRange(1), help="Share the tokens of each case by so many.")
-@click.option("--subject", default=SUBJECT, show_default=True, help="The layer to compare.")
+@click.option(
+    "--subject", default=SUBJECT, show_default=True, metavar="MODULE:FACTORY",
+    help="Compare this layer instead: package.module:factory or file.py:factory; on one rank, "
+    "unless --ep says otherwise.",
+)  # fmt: skip
 @click.option("--fault", default="", help="Plant this fault: the comparison must fail.")
 @click.option("--json", "json_file", type=_FILE, help="Write a JSON report.")
 @click.option("--junit", "junit_file", type=_FILE, help="Write a JUnit XML report.")
@@ -126,11 +187,12 @@ def compare_command(
     """Play the cases of FILE again, here, and judge each element by the recorded truth."""
     diagnosis.require(device)
     for option in (json_file, junit_file):
-        if option is not None and not option.parent.is_dir():
-            raise ConfigError(f"a report ({option}) has no folder to lie in: create it first")
+        if option is not None:
+            _check_place(option)
     target = Target(device, transport, ep, subject, fault)
     try:
         recording = load(file)
+        questions(recording, target)  # refuses before workers start
         with _bar() as progress, Trial(device, timeout, (subject,)) as trial:
             task = progress.add_task("comparing", total=len(recording.cases))
             comparison = compare(recording, trial, target, lambda _: progress.advance(task))
@@ -138,10 +200,27 @@ def compare_command(
         raise ConfigError(str(error)) from None
     report.show(comparison, _console)
     if json_file is not None:
-        json_file.write_text(json.dumps(report.as_json(comparison), indent=2) + "\n")
+        export.write_json(comparison, json_file)
     if junit_file is not None:
-        report.write_junit(comparison, junit_file)
-    sys.exit(0 if comparison.equivalent else 1)
+        export.write_junit(comparison, junit_file)
+    sys.exit(_exit_code(comparison))
+
+
+def _exit_code(comparison: Comparison) -> int:
+    if comparison.equivalent:
+        return 0
+    return 1 if comparison.decided else 2
+
+
+def _check_place(path: Path) -> None:
+    """Raise ConfigError, before anything runs, unless a file can be written there."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"file ({path}) has no folder to lie in: create {folder} first")
+    if path.is_dir():
+        raise ConfigError(f"file ({path}) is a folder: name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"file ({path}) cannot be written: no permission; choose another place")
 
 
 def _bar() -> Progress:

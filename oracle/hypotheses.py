@@ -4,19 +4,20 @@ An answer outside its envelope says that something is wrong; an answer inside th
 of a mistaken truth says what.  Every rule is one short function from what is true to what
 would be true, or to None where the mistake changes nothing.
 
-Legend: F rows of w13, I moe_intermediate_size, R ranks.
+A rounding that a contract does not declare is no mistake of meaning: those are searched
+for, in :mod:`twinmoe.oracle.nearest`.
+
+Legend: F rows of w13, I moe_intermediate_size, R ranks, L experts of a rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from twinmoe.oracle import misread_truths as misread
 from twinmoe.oracle.contract import RoundingContract
-from twinmoe.oracle.envelope import Enclosure, Grade
-from twinmoe.oracle.rounding import FORMATS, Format
-from twinmoe.oracle.routing import RoutingTruth
 from twinmoe.oracle.truth import Truth
 from twinmoe.reference.config import ConfigError, MoEConfig
 from twinmoe.reference.weights import MoEWeights
@@ -72,7 +73,7 @@ def _halves_exchanged(w13: Tensor) -> Tensor:
     return torch.cat([up, gate], dim=-2)
 
 
-@_says("gate and up are swapped: rows of w13 are [gate | up]")
+@_says("gate and up are swapped, or up is activated: rows of w13 are [gate | up], act(gate) * up")
 def _swapped(right: Supposed) -> Supposed | None:
     if not right.config.gated:
         return None
@@ -88,6 +89,12 @@ def _shared_swapped(right: Supposed) -> Supposed | None:
     return replace(right, weights=replace(right.weights, shared_w13_FH=_halves_exchanged(shared)))
 
 
+@_says("gate and up are swapped in all experts, the shared one too: rows of w13 are [gate | up]")
+def _all_swapped(right: Supposed) -> Supposed | None:
+    shared_too = _shared_swapped(right)
+    return None if shared_too is None else _swapped(shared_too)
+
+
 @_says("gate and up are read interleaved: rows of w13 are [gate | up], not gate, up, gate, up")
 def _interleaved(right: Supposed) -> Supposed | None:
     if not right.config.gated:
@@ -96,15 +103,18 @@ def _interleaved(right: Supposed) -> Supposed | None:
     return replace(right, weights=replace(right.weights, w13_LFH=pairs))
 
 
-@_says("the other GELU is computed: 'gelu' is erf's, 'gelu_pytorch_tanh' its approximation")
-def _other_gelu(right: Supposed) -> Supposed | None:
-    other = {"gelu": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu"}.get(right.config.hidden_act)
-    return None if other is None else _with(right, hidden_act=other)
+def _activated_by(name: str) -> Rule:
+    return lambda right: _with(right, hidden_act=name)
 
 
-@_says("SiLU is computed whatever hidden_act says")
-def _always_silu(right: Supposed) -> Supposed:
-    return _with(right, hidden_act="silu")
+for _name, _sentence in {
+    "silu": "SiLU",
+    "gelu": "GELU, as erf gives it ('gelu'),",
+    "gelu_pytorch_tanh": "GELU's tanh approximation ('gelu_pytorch_tanh')",
+    "relu": "ReLU",
+    "relu2": "squared ReLU ('relu2')",
+}.items():
+    _says(f"{_sentence} is computed, whatever hidden_act says")(_activated_by(_name))
 
 
 @_says("swiglu_limit is ignored")
@@ -125,6 +135,27 @@ def _renormalised(right: Supposed) -> Supposed:
     return _with(right, norm_topk_prob=True)
 
 
+@_says(
+    "softmax is taken twice, or over scores: the chosen scores need only be divided by their sum"
+)
+def _softmax_twice(right: Supposed) -> Supposed | None:
+    if right.config.num_experts_per_tok == 1:
+        return None
+    return replace(right, truth=misread.SoftmaxTwice)
+
+
+@_says("only k - 1 experts are chosen: the last of a token's k is missing")
+def _one_less(right: Supposed) -> Supposed | None:
+    count = right.config.num_experts_per_tok
+    return None if count == 1 else _with(right, num_experts_per_tok=count - 1)
+
+
+@_says("the last of a token's k experts is dropped, after all k were weighted")
+def _last_dropped(right: Supposed) -> Supposed | None:
+    told_apart = right.config.norm_topk_prob and right.config.num_experts_per_tok > 1
+    return replace(right, truth=misread.LastChoiceDropped) if told_apart else None
+
+
 @_says("routed_scaling_factor is missing")
 def _unscaled(right: Supposed) -> Supposed:
     return _with(right, routed_scaling_factor=1.0)
@@ -135,22 +166,9 @@ def _scaled_twice(right: Supposed) -> Supposed:
     return _with(right, routed_scaling_factor=right.config.routed_scaling_factor**2)
 
 
-class _BiasedWeights(Truth):
-    """Router weights taken from the biased scores."""
-
-    def routing(
-        self,
-        contract: RoundingContract,
-        grade: Grade = Grade.SHARP,
-        carry: type[Enclosure] = Enclosure,
-    ) -> RoutingTruth:
-        routing = super().routing(contract, grade, carry)
-        return replace(routing, score_TE=routing.selection_TE)
-
-
 @_says("the correction bias is in the weights: it belongs to the selection alone")
 def _bias_in_weights(right: Supposed) -> Supposed | None:
-    return replace(right, truth=_BiasedWeights) if right.config.use_correction_bias else None
+    return replace(right, truth=misread.BiasedWeights) if right.config.use_correction_bias else None
 
 
 @_says("the correction bias is left out of the selection")
@@ -166,21 +184,41 @@ def _ungrouped(right: Supposed) -> Supposed:
     return _with(right, n_group=1, topk_group=1)
 
 
-@_says("groups are ranked by their best expert, not by the sum of their two best")
-def _best_of_group(right: Supposed) -> Supposed | None:
-    if right.config.n_group == 1:
+@_says("experts of groups left out score 0, not -inf: they win where biased scores are negative")
+def _masked_by_zero(right: Supposed) -> Supposed | None:
+    if right.config.topk_group == right.config.n_group:
         return None
-    return _with(right, group_score="max")
+    return replace(right, truth=misread.GroupsMaskedByZero)
 
 
-@_says("scores are softmax's, whatever scoring_func says")
-def _softmax(right: Supposed) -> Supposed:
-    return _with(right, scoring_func="softmax")
+def _groups_by(score: str) -> Rule:
+    def rule(right: Supposed) -> Supposed | None:
+        return None if right.config.n_group == 1 else _with(right, group_score=score)
+
+    return rule
 
 
-@_says("scores are the sigmoid's, whatever scoring_func says")
-def _sigmoid(right: Supposed) -> Supposed:
-    return _with(right, scoring_func="sigmoid")
+_says("groups are ranked by their best expert, not by the sum of their two best")(_groups_by("max"))
+_says("groups are ranked by the sum of their two best experts, not by their best")(
+    _groups_by("top2_sum")
+)
+
+
+def _scored_by(name: str) -> Rule:
+    return lambda right: _with(right, scoring_func=name)
+
+
+for _name, _sentence in {
+    "softmax": "softmax's",
+    "sigmoid": "the sigmoid's",
+    "sqrtsoftplus": "the root of softplus",
+}.items():
+    _says(f"scores are {_sentence}, whatever scoring_func says")(_scored_by(_name))
+
+
+@_says("router weights are applied to the experts' inputs, not to their outputs")
+def _weight_on_input(right: Supposed) -> Supposed:
+    return _with(right, router_weight_on_input=True)
 
 
 @_says("router weights are applied to the experts' outputs, not to their inputs")
@@ -217,39 +255,42 @@ def _shared_by_all(right: Supposed) -> Supposed | None:
     return replace(right, weights=replace(right.weights, shared_w2_HI=w2 * right.ranks))
 
 
-# --- roundings that the contract does not declare -----------------------------------------
+@_says("routed_scaling_factor is applied to the shared expert too")
+def _shared_scaled(right: Supposed) -> Supposed | None:
+    if not right.config.has_shared_expert or right.config.routed_scaling_factor == 1:
+        return None
+    return replace(right, truth=misread.SharedScaled)
 
 
-def _declared(right: Supposed, points: Mapping[str, Format | None]) -> Supposed:
-    return replace(right, contract=replace(right.contract, **points))  # type: ignore[arg-type]
+# --- ranks --------------------------------------------------------------------------------
 
 
-def _stored(point: str) -> Rule:
-    def rule(right: Supposed) -> Supposed:
-        narrow = FORMATS[right.config.dtype]
-        return _declared(right, {point: narrow})
-
-    return rule
+def _over_ranks(truth: type[Truth]) -> Rule:
+    return lambda right: None if right.ranks == 1 else replace(right, truth=truth)
 
 
-def _kept(*points: str) -> Rule:
-    def rule(right: Supposed) -> Supposed:
-        return _declared(right, dict.fromkeys(points))
-
-    return rule
-
-
-_UNDECLARED = "are stored in the model's dtype, which the contract does not declare"
-_KEPT = "are kept in the accumulator's format, though the contract says that they are stored"
-
-_says(f"router weights {_UNDECLARED} (router_weights)")(_stored("router_weights"))
-_says(f"router logits {_UNDECLARED} (logits)")(_stored("logits"))
-_says(f"activated gates {_UNDECLARED} (gate)")(_stored("gate"))
-_says(f"weighted expert outputs {_UNDECLARED} (terms)")(_stored("terms"))
-_says(f"running sums over a token's experts {_UNDECLARED} (combine)")(_stored("combine"))
-_says(f"gate and up {_KEPT} (gate_up)")(_kept("gate_up"))
-_says(f"activations {_KEPT} (activation)")(_kept("activation"))
-_says(f"expert outputs {_KEPT} (expert_output)")(_kept("expert_output"))
-_says(f"gate and up, and expert outputs, {_KEPT} (gate_up, expert_output)")(
-    _kept("gate_up", "expert_output")
+_says("each rank returns only what its own experts add: the sum over ranks is missing")(
+    _over_ranks(misread.OwnExpertsOnly)
 )
+_says("the first rank's ids are taken for every rank's own: subtract weights.experts.start")(
+    _over_ranks(misread.NoOffset)
+)
+_says("every rank computes every token's experts, by id modulo its number of experts")(
+    _over_ranks(misread.WrappedIds)
+)
+
+
+@_says("the routed sum is added once by every rank")
+def _summed_by_all(right: Supposed) -> Supposed:
+    return _with(right, routed_scaling_factor=right.config.routed_scaling_factor * right.ranks)
+
+
+@_says("experts are dealt to ranks in turn: rank r owns a row of experts, not every R-th one")
+def _dealt(right: Supposed) -> Supposed | None:
+    experts, ranks = right.config.num_experts, right.ranks
+    if ranks in (1, experts):
+        return None
+    taken = torch.arange(experts).view(ranks, -1).T.flatten()
+    weights = right.weights
+    dealt = replace(weights, w13_LFH=weights.w13_LFH[taken], w2_LHI=weights.w2_LHI[taken])
+    return replace(right, weights=dealt)

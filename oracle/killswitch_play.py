@@ -14,7 +14,6 @@ from twinmoe.optimized import layer as layer_module
 from twinmoe.optimized.communication.agreement import exchange
 from twinmoe.optimized.communication.errors import TransportError
 from twinmoe.optimized.communication.pool import Capacity
-from twinmoe.optimized.communication.pool_setup import release_pools
 from twinmoe.optimized.communication.transport import select_transport
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
@@ -124,8 +123,7 @@ class _AttestedSession(Session):
 
 def play(context: RankContext, case: Case, setup: Setup, fault: str = "") -> Played:
     """Play the case's history on a layer built as ``setup`` says; a task of a world."""
-    for group in {context.group, None}:
-        release_pools(group)
+    context.release_pools()
     start = len(breadcrumbs.journal)
     told = Played(Showing((), ()))
     with _planted(context, case, setup, fault, told.asked):

@@ -101,8 +101,7 @@ def _played(history: str) -> str:
     return ".".join(words) if len(words) > 1 else ""
 
 
-def standing_still(configs: Collection[MoEConfig]) -> str:
-    """Say at which values settings stood still: what a check of these layers says nothing about."""
+def standing_still(configs: Collection[MoEConfig]) -> dict[str, Any]:
+    """Settings that had one value in all layers: a check says nothing about other values."""
     seen = {name: {getattr(config, name) for config in configs} for name in SEMANTICS}
-    still = [f"{name}={next(iter(values))}" for name, values in seen.items() if len(values) == 1]
-    return "not drawn, so not judged at other values: " + ", ".join(still)
+    return {name: next(iter(values)) for name, values in seen.items() if len(values) == 1}

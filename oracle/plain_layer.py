@@ -3,15 +3,17 @@
 Legend: T tokens of this rank, H hidden_size.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.observation import PLAIN_PATH, RankObservation, Taps
+from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.subject import Call
 from twinmoe.oracle.worker import RankContext
@@ -71,6 +73,7 @@ class PlainSubject:
         context: RankContext,
     ) -> None:
         self._name = name
+        self._experts_per_token = scenario.config.num_experts_per_tok
         size = len(scenario.hidden())
         place = replace(context, world_size=size, group=context.group if size > 1 else None)
         self._layer = factory(scenario.config, weights, place)
@@ -88,17 +91,58 @@ class PlainSubject:
         """Run one forward; raises LayerError for an answer that is none."""
         with torch.no_grad():
             answer: object = self._layer.forward(hidden_TH)
-        path = f"{PLAIN_PATH}{self._name.rpartition('/')[2]}, own experts"
         match answer:
             case Tensor() as output_TH:
-                return RankObservation(output_TH, Taps(), path)
+                taps = Taps()
             case (Tensor() as output_TH, Taps() as taps):
-                return RankObservation(output_TH, taps, path)
-        parts = answer if isinstance(answer, tuple) else (answer,)
-        raise LayerError(
-            f"forward of {self._name} returned {', '.join(type(part).__name__ for part in parts)}: "
-            "the judge compares rows; return a tensor [tokens, hidden_size], or that and Taps"
-        )
+                pass
+            case _:
+                parts = answer if isinstance(answer, tuple) else (answer,)
+                raise self._error(
+                    f"returned {', '.join(type(part).__name__ for part in parts)}: the judge "
+                    "compares rows; return a tensor [tokens, hidden_size], or that and Taps"
+                )
+        self._check(output_TH, hidden_TH, taps)
+        path = f"{PLAIN_PATH}{self._name.rpartition('/')[2]}, own experts"
+        return RankObservation(output_TH, taps, path)
+
+    def _check(self, output_TH: Tensor, hidden_TH: Tensor, taps: Taps) -> None:
+        """Raise LayerError for rows, ids or weights that no layer of this config returns."""
+        shape, expected = tuple(output_TH.shape), tuple(hidden_TH.shape)
+        if shape != expected:
+            raise self._error(
+                f"returned a tensor of shape {shape} for an input of {expected}: the judge "
+                "compares row by row; return one output row for each input row"
+            )
+        contract = self._layer.contract
+        if FORMATS.get(output_TH.dtype) != contract.output:
+            raise self._error(
+                f"returned {output_TH.dtype}, but its contract {contract.name!r} stores outputs in "
+                f"{contract.output.name}: cast the output, or declare another output format"
+            )
+        if output_TH.device != hidden_TH.device:
+            raise self._error(
+                f"returned a tensor on {output_TH.device} for an input on {hidden_TH.device}: a "
+                "layer stays on its rank's device; return it there"
+            )
+        chosen = (len(hidden_TH), self._experts_per_token)
+        for name in ("ids_TK", "weights_TK"):
+            tap = getattr(taps, name)
+            if tap is not None and tuple(tap.shape) != chosen:
+                raise self._error(
+                    f"returned Taps whose {name} has shape {tuple(tap.shape)}, expected {chosen}: "
+                    "tokens by experts per token; show what the router chose for each token"
+                )
+
+    def _error(self, said: str) -> LayerError:
+        return LayerError(f"{_place_of(self._layer.forward)}forward of {self._name} {said}")
+
+
+def _place_of(function: Any) -> str:
+    """File and line of a function of anyone's; empty for what has none."""
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(inner, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}: " if code is not None else ""
 
 
 def require_layer(name: str, layer: object) -> None:

@@ -7,28 +7,37 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from twinmoe.oracle.case import Case
 from twinmoe.oracle.check import CellResult, Summary
-from twinmoe.oracle.contracts import own_contracts
+from twinmoe.oracle.failures import WorkerFailure, account
+from twinmoe.oracle.layer_space import standing_still
 from twinmoe.oracle.strategies import Cell
 from twinmoe.reference.config import dtype_name
 
+#: Of a ratio from here on, the size alone is told.
+_ENORMOUS = 1e4
+
 
 def cell_table(summary: Summary) -> Table:
-    """One row per EP size, transport and mode; a column of worst ratios per dtype."""
+    """One row per EP size, transport and mode; a column of worst ratios per dtype.
+
+    Anyone's layer has one path, which needs no name.
+    """
+    ours = summary.plan.subject is None
     dtypes = list(dict.fromkeys(dtype_name(result.cell.dtype) for result in summary.results))
     table = Table(title="error / allowed error, worst case (<= 1 is inside)", title_justify="left")
-    for name in ("EP", "transport", "mode"):
+    for name in ("EP", "transport", "mode") if ours else ("EP",):
         table.add_column(name)
     table.add_column("cases", justify="right")
     for name in dtypes:
         table.add_column(name, justify="right")
     table.add_column("flips, 16 bit", justify="right")
     table.add_column("slots seen", justify="right")
-    table.add_column("what ran")
+    if ours:
+        table.add_column("what ran")
     _keep_every_letter(table)
 
     def row(result: CellResult) -> tuple[int, str, str]:
@@ -40,14 +49,12 @@ def cell_table(summary: Summary) -> Table:
         by_dtype = {dtype_name(result.cell.dtype): result for result in results}
         cells = [_ratio(by_dtype[name]) if name in by_dtype else "" for name in dtypes]
         table.add_row(
-            str(ep_size),
-            transport,
-            mode,
+            *((str(ep_size), transport, mode) if ours else (str(ep_size),)),
             str(sum(result.cases for result in results)),
             *cells,
             _flips(results),
             _percent(sum(r.slots_visible for r in results), sum(r.slots for r in results)),
-            _ran(results),
+            *([_ran(results)] if ours else []),
         )
     return table
 
@@ -55,7 +62,8 @@ def cell_table(summary: Summary) -> Table:
 def _ratio(result: CellResult) -> str:
     if result.worker_failure is not None:
         return "[red]failed[/red]"
-    text = f"{result.worst_ratio:.2f}"
+    ratio = result.worst_ratio
+    text = f"{ratio:.2f}" if ratio < _ENORMOUS else f"{ratio:.1e}"
     return text if result.passed else f"[red]{text}[/red]"
 
 
@@ -75,21 +83,6 @@ def _ran(results: list[CellResult]) -> str:
     for (transport, experts), count in sorted(counts.items()):
         by_transport.setdefault(transport, []).append(f"{experts} x{count}")
     return "; ".join(f"{name}: {', '.join(parts)}" for name, parts in by_transport.items())
-
-
-def contract_table(dtype: torch.dtype) -> Table:
-    """Each path's contract as a column, each point of the data flow as a row."""
-    contracts = own_contracts(dtype)
-    table = Table(title=f"stored formats, {dtype_name(dtype)} model", title_justify="left")
-    table.add_column("point")
-    for contract in contracts:
-        table.add_column(contract.name)
-    for rows in zip(*(contract.rows() for contract in contracts), strict=True):
-        formats = [text for _, text in rows]
-        if any(text != "kept" for text in formats):
-            table.add_row(rows[0][0], *formats)
-    _keep_every_letter(table)
-    return table
 
 
 def _keep_every_letter(table: Table) -> None:
@@ -117,13 +110,9 @@ def failures(summary: Summary) -> list[str]:
     told = []
     for result in summary.results:
         if result.worker_failure is not None:
-            case, failure = result.worker_failure
-            told.append(
-                f"{result.cell}: {type(failure).__name__}: {failure}\n"
-                f"  reproduce: twinmoe replay{summary.plan.asked} '{case}'"
-            )
+            told.append(_failed(result.cell, *result.worker_failure, summary, result.answered))
         if result.failure is not None:
-            text = f"{result.cell}: {result.failure.explain()}"
+            text = f"{_named(result.cell, summary)}: {result.failure.explain()}"
             first = result.first_failure
             if first is not None and str(first.case) != str(result.failure.case):
                 text += f"\n  first seen as: '{first.case}'"
@@ -131,14 +120,31 @@ def failures(summary: Summary) -> list[str]:
     return told
 
 
+def _failed(cell: Cell, case: Case, failure: WorkerFailure, summary: Summary, answered: int) -> str:
+    """A worker's failure: of anyone's layer, its own line first, and what it did answer."""
+    replay = f"\n  reproduce: twinmoe replay{summary.plan.asked} '{case}'"
+    if summary.plan.subject is None:
+        return f"{cell}: {type(failure).__name__}: {failure}{replay}"
+    return (
+        f"{account(failure)}\n  {_named(cell, summary)}: no answer to this case; before it "
+        f"{answered} {'was' if answered == 1 else 'were'} answered, after it none was asked{replay}"
+    )
+
+
+def _named(cell: Cell, summary: Summary) -> str:
+    """What distinguishes the cell: anyone's layer has one path."""
+    ours = summary.plan.subject is None
+    return str(cell) if ours else f"EP {cell.ep_size} {dtype_name(cell.dtype)}"
+
+
 def show(summary: Summary, console: Console, verified: str) -> None:
     """Print table, failures, throughput, verdict, and what was not verified, last."""
     console.print(cell_table(summary))
-    accounts = failures(summary)
-    for account in accounts[:5]:
-        console.print(f"\n{account}", markup=False, highlight=False, soft_wrap=True)
-    if len(accounts) > 5:
-        console.print(f"\n... and {len(accounts) - 5} more failing cells", markup=False)
+    told = failures(summary)
+    for each in told[:5]:
+        console.print(f"\n{each}", markup=False, highlight=False, soft_wrap=True)
+    if len(told) > 5:
+        console.print(f"\n... and {len(told) - 5} more failing cells", markup=False)
     console.print(f"\n{throughput(summary)}", highlight=False)
     word = "equivalent" if summary.equivalent else "NOT equivalent"
     console.print(
@@ -146,7 +152,8 @@ def show(summary: Summary, console: Console, verified: str) -> None:
         f"{summary.seconds:.0f} s, seed {summary.plan.seed}",
         highlight=False,
     )
-    console.print(verified, highlight=False, soft_wrap=True)
+    if verified:
+        console.print(verified, highlight=False, soft_wrap=True)
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -159,6 +166,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "fault": summary.plan.fault or None,
         "cells": [_cell_json(result.cell, result) for result in summary.results],
         "failures": failures(summary),
+        "stood_still": standing_still(summary.configs),
     }
 
 

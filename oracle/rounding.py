@@ -26,7 +26,8 @@ class Format:
     ``block_unit`` before they are added, as tensor cores do (P. Blanchard, N. J. Higham,
     F. Lopez, T. Mary, S. Pranesh, SIAM J. Sci. Comput. 42, 2020); 0 means that they are not.
     Operands smaller than ``aligned_from`` are aligned as if they were that large: subnormal
-    ones lose bits where products are aligned by exponents as stored.
+    ones lose bits where products are aligned by exponents as stored.  In a matrix product,
+    operands and partial sums smaller than ``drops_below`` may count as zero.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Format:
     block: int = 0
     block_unit: float = 0.0
     aligned_from: float = 0.0
+    drops_below: float = 0.0
 
     @property
     def unit(self) -> float:
@@ -70,6 +72,10 @@ TENSOR_CORE = replace(FP32, name="tensor core", block=16, block_unit=2.0**-23)
 #: The fp32 accumulator that fp16 operands meet on a Hopper GPU: exact sums of subnormal ones
 #: were measured to be off by up to 2**-16 of the result (docs/h200.md).
 HOPPER_FP16 = replace(FP32, name="fp32, fp16 exponents as stored", aligned_from=2.0**-14)
+#: The fp32 accumulator of the dot products that CPUs make of bf16 operands: subnormal ones, and
+#: subnormal sums, are zeros to VDPBF16PS and TDPBF16PS, whatever the control register says
+#: (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2).
+CPU_BF16 = replace(FP32, name="fp32, bf16 subnormals as zeros", drops_below=2.0**-126)
 #: 8-bit formats of the Open Compute Project (OCP 8-bit Floating Point Specification, 2023),
 #: saturating, as quantisers use them.
 E4M3 = Format("e4m3", 4, -6, 448.0, saturates=True)

@@ -91,7 +91,7 @@ class RoutingTruth:
             bias = correction_bias_E.double()
         value = score.value + bias
         selection = Enclosure(value, score.radius + fmt.unit * value.abs() * (bias != 0))
-        allowed = _exact_groups(config, value.nan_to_num(nan=torch.finfo(torch.float64).min))
+        allowed = exact_groups(config, value.nan_to_num(nan=torch.finfo(torch.float64).min))
         ranked = value.nan_to_num(nan=torch.finfo(torch.float64).min)
         ranked = ranked.masked_fill(~allowed, -torch.inf)
         order = ranked.sort(dim=-1, descending=True, stable=True).indices
@@ -298,7 +298,7 @@ def _by_group(config: MoEConfig, per_expert_TE: Tensor) -> Tensor:
     return per_expert_TE.view(-1, config.n_group, config.num_experts // config.n_group)
 
 
-def _exact_groups(config: MoEConfig, selection_TE: Tensor) -> Tensor:
+def exact_groups(config: MoEConfig, selection_TE: Tensor) -> Tensor:
     """Bool [T, E]: experts of the groups kept by exact scores, lowest id on a tie."""
     if config.n_group == 1:
         return torch.ones_like(selection_TE, dtype=torch.bool)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from twinmoe.optimized import launch
-from twinmoe.optimized.communication.pool_setup import release_pools
 from twinmoe.oracle import breadcrumbs
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract
@@ -49,7 +48,8 @@ class Answer:
 class Session:
     """The live layers of one subject on one rank, through one case.
 
-    ``change`` is made to every scenario of the case's history.
+    ``change`` is made to every scenario of the case's history.  ``in_step``: no rank starts a
+    forward before all have looked at the one before, which hides their races and shows all taps.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class Session:
         context: RankContext,
         factory: SubjectFactory,
         change: Change | None = None,
+        in_step: bool = False,
     ) -> None:
         self.case, self.context, self._factory = case, context, factory
+        self._in_step = in_step
         self._change_of_all = change or Change()
         self._answers: list[Answer | None] = []
         self._version = 0
@@ -85,8 +87,7 @@ class Session:
         if self.context.device.type != "cpu":
             self._barrier()
         self._layers.clear()
-        for group in {self.context.group, None}:
-            release_pools(group)
+        self.context.release_pools()
 
     # --- a relation ---------------------------------------------------------------------
 
@@ -157,6 +158,8 @@ class Session:
     def _forward(
         self, key: Case | Change, scenario: Scenario, act: str, path: str, is_last: bool
     ) -> None:
+        if self._in_step:
+            self._barrier()
         hidden_by_rank = scenario.hidden()
         rank = self.context.rank
         if rank >= len(hidden_by_rank):
@@ -165,7 +168,7 @@ class Session:
         issued = len(breadcrumbs.journal)
         layer = self._layer(key, scenario)
         # With a single rank nobody is faster, and every forward's buffers can be looked at.
-        is_last = is_last or len(hidden_by_rank) == 1
+        is_last = is_last or self._in_step or len(hidden_by_rank) == 1
         call = Call(path, max(map(len, hidden_by_rank)), self._filler, is_last)
         with self._late():
             observation, complaints = layer.observe(hidden_by_rank[rank], call)

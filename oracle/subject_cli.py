@@ -6,7 +6,7 @@ import click
 from click.core import ParameterSource
 
 from twinmoe.oracle.check import Summary
-from twinmoe.oracle.layer_space import standing_still
+from twinmoe.oracle.layer_space import SEMANTICS, standing_still
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.reference.config import ConfigError
 
@@ -16,6 +16,11 @@ MORE_CASES = 10
 subject_option = click.option(
     "--subject", default=None, metavar="MODULE:FACTORY",
     help="Judge this layer instead: package.module:factory or file.py:factory.",
+)  # fmt: skip
+
+timeout_option = click.option(
+    "--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True,
+    help="Seconds without progress that count as a hang.",
 )  # fmt: skip
 
 
@@ -47,12 +52,26 @@ def _given(name: str) -> bool:
     return source is not ParameterSource.DEFAULT
 
 
+def could_not_run(summary: Summary) -> str:
+    """Say that there is no verdict."""
+    return (
+        f"could not run {summary.plan.asked.split()[-1]}: no case was answered, so there "
+        "is no verdict"
+    )
+
+
 def not_judged(summary: Summary) -> str:
     """Say what a check of anyone's layer left open: its last words."""
+    told = []
+    if summary.undecided:
+        told.append(
+            f"{summary.undecided} of {summary.cases} cases undecided: scores nearly tie, and the "
+            "layer shows no expert ids; return (out, Taps(ids_TK=...)) to have them judged"
+        )
     still = standing_still(summary.configs)
-    if not summary.undecided:
-        return still
-    return (
-        f"{summary.undecided} of {summary.cases} cases undecided: scores nearly tie, and the layer "
-        f"shows no expert ids; return (out, Taps(ids_TK=...)) to have them judged\n{still}"
-    )
+    if still and summary.equivalent:  # a search that failed was cut short
+        told.append(
+            f"{len(still)} of {len(SEMANTICS)} settings were not varied, so not judged at other "
+            "values (--json lists them): name those that the layer reads with @runs"
+        )
+    return "\n".join(told)

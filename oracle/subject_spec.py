@@ -5,6 +5,7 @@ A name travels to the workers, and each of them imports it for itself.
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +32,17 @@ class PlainName:
         load_factory(self.text)
 
     def fit(self, case: Case) -> Case:
-        """``case`` as one that the layer can be asked: see :func:`fitted`."""
-        return fitted(case, narrow_of(load_factory(self.text)))
+        """``case`` as one that the layer can be asked: see :func:`fitted`.
+
+        Raises ConfigError where what the factory declared with ``runs`` raises.
+        """
+        try:
+            return fitted(case, narrow_of(load_factory(self.text)))
+        except Exception as error:  # whatever a function of somebody's stumbles over
+            raise ConfigError(
+                f"{_place(error)}{type(error).__name__}: {error}\n  what {self.text} declares with "
+                "runs failed on a layer's config: it takes any MoEConfig to one that it can run"
+            ) from error
 
 
 def subject_factory(name: str) -> SubjectFactory:
@@ -97,11 +107,22 @@ def _imported(name: str, module_name: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever a module of somebody's stumbles over
+    except (Exception, SystemExit) as error:  # whatever a module of somebody's stumbles over
         raise ConfigError(
-            f"subject ({name!r}) cannot be imported ({type(error).__name__}: {error}): {_FORM}, "
-            f"as seen from {Path.cwd()}"
+            f"{_place(error)}{type(error).__name__}: {error}\n  subject ({name!r}) cannot be "
+            f"imported: {_FORM}, as seen from {Path.cwd()}"
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The last line of anyone's own file on the way to ``error``; empty if it has no part in it."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: "
+    ours = (str(Path(__file__).parent), "<frozen importlib", importlib.__file__)
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in trace if not frame.filename.startswith(ours)]
+    theirs = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno}: " if theirs else ""
 
 
 def _own_callables(module: ModuleType) -> list[str]:

@@ -1,9 +1,7 @@
 """Which contract does a layer keep?  A guess from its answers, for a person to confirm.
 
-A layer's answers fit every contract that is wide enough.  Of those that fit all of them,
-the true one explains most bits: where a contract rounds as the layer does, both ends of an
-element's interval round to what was seen.  So contracts are ranked by how many elements
-differ from the rounded truth, and equal ones by how few points they declare.
+The layer runs once for each case; :mod:`twinmoe.oracle.nearest` searches contracts on some of
+the answers, and the best of them are judged on all.
 
 A guess only: cases in which two contracts give the same bits cannot tell them apart, and a
 mistake that resembles a rounding may fit.  The code of the layer decides.
@@ -11,16 +9,29 @@ mistake that resembles a rounding may fit.  The code of the layer decides.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract, Ties, Wire, storage_contract
 from twinmoe.oracle.emulation.remember import RememberingTruth
+from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.judgement import judge
+from twinmoe.oracle.nearest import (
+    Likeness,
+    Move,
+    Moves,
+    Sample,
+    Search,
+    as_code,
+    likeness,
+    made,
+    moves_from,
+)
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.plain_layer import PlainLayer, PlainSubject
-from twinmoe.oracle.rounding import FORMATS, FP32
+from twinmoe.oracle.rounding import FP32
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.subject import Call
 from twinmoe.oracle.subject_spec import PlainName, load_factory
@@ -30,87 +41,85 @@ from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
 
-#: What differs from "every tensor stored, sums in fp32", by a name; "stored" is the model's dtype.
-FAMILY: dict[str, dict[str, str | None]] = {
-    "everything stored": {},
-    "fused GEMM1": {"gate_up": None},
-    "fused GEMM2": {"expert_output": None},
-    "fused": {"gate_up": None, "expert_output": None},
-    "one kernel": {"gate_up": None, "activation": None, "expert_output": None},
-    "gate stored": {"gate": "stored"},
-    "terms stored": {"terms": "stored"},
-    "narrow sum": {"terms": "stored", "combine": "stored"},
-    "narrow sum, gate stored": {"gate": "stored", "terms": "stored", "combine": "stored"},
-    "sum stored": {"reduced": "stored"},
-    "sum stored, gate stored": {"gate": "stored", "reduced": "stored"},
-}
+#: Cases that the search looks at, those with most to tell; and contracts judged on all cases.
+_SEARCHED, _JUDGED = 3, 12
 
-#: The same for the router.
-ROUTERS: dict[str, dict[str, str | None]] = {
-    "fp32 router": {},
-    "weights stored": {"router_weights": "stored"},
-    "logits and weights stored": {"logits": "stored", "router_weights": "stored"},
-}
+#: Points in which a contract of the search may differ from storing everything.
+_MOST = 6
+
+#: Several ranks' shares travel in fp32, until something else explains more.
+_WIRED: dict[str, Any] = {"partial": FP32, "wire": Wire.PER_HOP, "reduced": FP32}
+
+#: One case: as the search takes it, and as the judge does.
+Shown = tuple[Sample, Sequence[RankObservation]]
 
 
 @dataclass
 class Fit:
-    """How one contract of the family fared on all cases."""
+    """How one contract fared on all cases; ``moves`` lead to it from storing everything."""
 
-    name: str
-    changes: dict[str, str | None]
+    moves: Moves
     fits: int = 0
     cases: int = 0
     undecided: int = 0
-    flips: int = 0
-    elements: int = 0
-    worst_ratio: float = 0.0
+    likeness: Likeness = field(default_factory=Likeness)
 
     @property
     def fits_all(self) -> bool:
         """Nothing was outside in any case, and some case was decided."""
         return self.fits == self.cases and self.undecided < self.cases
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: Verdict, seen: Likeness) -> None:
         """Count one judgement."""
         self.cases += 1
         self.fits += not verdict.findings
         self.undecided += not verdict.conclusive
-        self.flips += verdict.flips
-        self.elements += verdict.elements
-        self.worst_ratio = max(self.worst_ratio, verdict.worst_ratio)
-
-    def code(self, ranks: int) -> str:
-        """The contract as one would write it into a factory; ``narrow`` is the model's format."""
-        points = [f"{point}={'narrow' if to else None}" for point, to in self.changes.items()]
-        points.append("ties=Ties.ANY")
-        if ranks > 1:
-            points.append("partial=FP32, wire=Wire.PER_HOP, reduced=FP32")
-        changes = ", ".join(points)
-        return f"replace(storage_contract({self.name!r}, config.dtype), {changes})"
+        self.likeness += seen
 
 
 @dataclass
 class Suggestion:
-    """All contracts of the family, best first; ``ranks`` that ran the layer."""
+    """The nearest contracts, best first; ``config`` is that of one of the cases."""
 
-    fits: list[Fit] = field(default_factory=list)
+    fits: list[Fit]
+    config: MoEConfig
     ranks: int = 1
 
     @property
     def best(self) -> Fit | None:
         """The contract to propose, if any fits everything."""
-        return self.fits[0] if self.fits and self.fits[0].fits_all else None
+        return self.fits[0] if self.fits[0].fits_all else None
 
     @property
-    def equals(self) -> list[str]:
+    def equals(self) -> list[Fit]:
         """Other contracts that explain as many bits as the best: the cases cannot tell."""
         best = self.best
         return [
-            fit.name
+            fit
             for fit in self.fits[1:]
-            if best is not None and fit.fits_all and fit.flips == best.flips
+            if best is not None and fit.fits_all and fit.likeness.flips == best.likeness.flips
         ]
+
+    def contract(self, fit: Fit) -> RoundingContract:
+        """The contract of one of the fits, in the dtype of the cases."""
+        return made(first_contract(self.config.dtype, self.ranks), fit.moves)
+
+    def changes(self, fit: Fit) -> str:
+        """What differs from storing everything, as code; ``narrow`` is the model's format."""
+        return as_code(fit.moves, self.config, narrow="narrow")
+
+    def code(self, fit: Fit) -> str:
+        """The contract as one would write it into a factory; ``narrow`` is the model's format."""
+        points = {"ties": Ties.ANY, **({} if self.ranks == 1 else _WIRED)}
+        points |= {point: value for move in fit.moves for point, value in move.points}
+        changes = as_code([Move(tuple(points.items()), "")], self.config, narrow="narrow")
+        return f"replace(storage_contract('mine', config.dtype), {changes})"
+
+
+def first_contract(dtype: torch.dtype, ranks: int) -> RoundingContract:
+    """Everything stored, ties left open: where the search begins."""
+    stored = replace(storage_contract("mine", dtype), ties=Ties.ANY)
+    return stored if ranks == 1 else replace(stored, **_WIRED)
 
 
 def answers_of(context: RankContext, case: Case, name: str) -> RankObservation:
@@ -139,39 +148,33 @@ def suggest_contract(
     timeout_s: float = 15.0,
     advance: Callable[[], None] = lambda: None,
 ) -> Suggestion:
-    """Judge the layer's answers to ``cases`` (of one EP size) under every contract of the family.
+    """Run the layer on ``cases`` (of one EP size and dtype), and search contracts for its answers.
 
-    Raises WorkerFailure when a rank fails.
+    ``timeout_s`` without progress is a hang.  Raises WorkerFailure when a rank fails.
     """
-    ranks = cases[0].ep_size
-    fits = _family(ranks)
+    ranks, config = cases[0].ep_size, cases[0].config
+    shown: list[Shown] = []
     with open_world(ranks, device, timeout_s) as world:
         for case in cases:
             seen = world.run(answers_of, case, subject.text)
             scenario = Scenario(case)
             truth = RememberingTruth(scenario.config, scenario.weights(), scenario.hidden())
-            for fit in fits:
-                fit.add(judge(seen, truth, contract_of(fit.changes, case.config.dtype, ranks)))
+            shown.append((Sample(truth, Evidence.of(seen, truth)), seen))
             advance()
-    fits.sort(key=lambda fit: (-fit.fits, fit.flips, len(fit.changes)))
-    return Suggestion(fits, ranks)
+    return _nearest(shown, config, ranks)
 
 
-def contract_of(
-    changes: dict[str, str | None], dtype: torch.dtype, ranks: int = 1
-) -> RoundingContract:
-    """A contract of the family; over several ranks, shares travel in fp32."""
-    points = {point: FORMATS[dtype] if to else None for point, to in changes.items()}
-    if ranks > 1:
-        points |= {"partial": FP32, "reduced": FP32}
-    contract = replace(storage_contract("suggested", dtype), ties=Ties.ANY, **points)  # type: ignore[arg-type]
-    return contract if ranks == 1 else replace(contract, wire=Wire.PER_HOP)
-
-
-def _family(ranks: int) -> list[Fit]:
-    return [
-        Fit(f"{experts}, {router}", changes | more)
-        for experts, changes in FAMILY.items()
-        for router, more in ROUTERS.items()
-        if ranks == 1 or "reduced" not in changes
-    ]
+def _nearest(shown: Sequence[Shown], config: MoEConfig, ranks: int) -> Suggestion:
+    """Search by the cases in which most points matter; judge by all of them."""
+    first = first_contract(config.dtype, ranks)
+    moves = [moves_from(first, sample.truth.config, ranks) for sample, _ in shown]
+    telling = sorted(zip(moves, shown, strict=True), key=lambda pair: -len(pair[0]))[:_SEARCHED]
+    every = dict.fromkeys(move for some, _ in telling for move in some)
+    search = Search(first, list(every), [sample for _, (sample, _) in telling])
+    fits = [Fit(found) for found in search.around(_MOST)[:_JUDGED]]
+    for sample, seen in shown:
+        for fit in fits:
+            contract = made(first, fit.moves)
+            fit.add(judge(seen, sample.truth, contract), likeness(sample, contract))
+    fits.sort(key=lambda fit: (not fit.fits_all, fit.likeness.price(len(fit.moves))))
+    return Suggestion(fits, config, ranks)

@@ -15,8 +15,11 @@ from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.suggest import Fit, Suggestion, suggest_contract
 from twinmoe.reference.config import DTYPES
 
-#: Contracts shown beside the best.
-_SHOWN = 8
+#: Contracts shown, the best with them.
+_SHOWN = 5
+
+#: Share of elements outside that no undeclared rounding was seen to cause.
+_MISTAKEN = 0.75
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
@@ -35,9 +38,10 @@ def suggest(
     draws: int,
     dtype: str,
     seed: int,
+    timeout: float,
     **_unused: Any,
 ) -> bool:
-    """Run the layer, print the contracts that fit it, best first; whether none does."""
+    """Run the layer, print the contracts nearest to it, best first; whether none fits."""
     if subject is None:
         raise click.ClickException(
             "--suggest-contract has no layer to look at: add --subject package.module:factory"
@@ -45,7 +49,7 @@ def suggest(
     name = PlainName(subject)
     cases = _cases(name, draws, dtype, seed)
     with progress("running the layer", len(cases)) as advance:
-        suggestion = suggest_contract(name, cases, advance=advance)
+        suggestion = suggest_contract(name, cases, timeout_s=timeout, advance=advance)
     console.print(fit_table(suggestion))
     console.print(_proposal(suggestion), markup=False, highlight=False, soft_wrap=True)
     return suggestion.best is None
@@ -58,31 +62,64 @@ def _cases(name: PlainName, draws: int, dtype: str, seed: int) -> list[Case]:
 
 
 def fit_table(suggestion: Suggestion) -> Table:
-    """The best contracts of the family, one a row."""
+    """The nearest contracts, one a row."""
     table = Table(title="contracts that the layer was held to", title_justify="left")
-    table.add_column("what differs from storing everything")
-    for heading in ("cases inside", "worst ratio", "differ from the rounded truth"):
+    table.add_column("differs from storing everything", overflow="fold")
+    for heading in ("cases inside", "outside", "unlike the truth"):
         table.add_column(heading, justify="right")
     for fit in suggestion.fits[:_SHOWN]:
-        table.add_row(fit.name, f"{fit.fits} of {fit.cases}", f"{fit.worst_ratio:.2f}", _share(fit))
+        seen = fit.likeness
+        table.add_row(
+            suggestion.changes(fit) or "in nothing",
+            f"{fit.fits} of {fit.cases}",
+            _percent(seen.share_outside),
+            _percent(seen.share_flipped),
+        )
     return table
 
 
-def _share(fit: Fit) -> str:
-    return f"{100 * fit.flips / max(fit.elements, 1):.3f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _proposal(suggestion: Suggestion) -> str:
     best = suggestion.best
     if best is None:
-        return (
-            "no contract of the family fits every case: the layer rounds elsewhere, or is wrong; "
-            "give it the nearest one and let twinmoe check name the stage"
-        )
-    told = [
-        "a guess, to be confirmed in the layer's code; narrow = FORMATS[config.dtype]:",
-        f"    contract = {best.code(suggestion.ranks)}",
-    ]
+        return _nearest(suggestion)
+    told = ["a guess, to be confirmed in the layer's code:", *_paste(suggestion, best)]
     if suggestion.equals:
-        told.append(f"these cases cannot tell it from: {'; '.join(suggestion.equals)}")
+        others = " or ".join(suggestion.changes(fit) or "none" for fit in suggestion.equals)
+        told.append(f"these cases cannot tell it from these differences: {others}")
     return "\n".join(told)
+
+
+def _nearest(suggestion: Suggestion) -> str:
+    nearest = suggestion.fits[0]
+    share = _percent(nearest.likeness.share_outside)
+    return "\n".join(
+        [
+            f"no contract fits every case.  The nearest does NOT fit: {share} of elements are "
+            f"outside, {nearest.fits} of {nearest.cases} cases inside:",
+            *_paste(suggestion, nearest),
+            "so much is no matter of rounding alone: let twinmoe check name the mistake"
+            if nearest.likeness.share_outside > _MISTAKEN
+            else "the layer rounds elsewhere, or is wrong: with this contract, twinmoe check names "
+            "what is left",
+        ]
+    )
+
+
+def _paste(suggestion: Suggestion, fit: Fit) -> list[str]:
+    """Lines for a factory, with the imports that they need."""
+    code = suggestion.code(fit)
+    uses = [name for name in ("Ties", "Wire") if f"{name}." in code]
+    lines = [
+        "from dataclasses import replace",
+        f"from twinmoe.oracle.contract import {', '.join([*uses, 'storage_contract'])}",
+    ]
+    formats = [name for name, used in (("FORMATS", "narrow"), ("FP32", "FP32")) if used in code]
+    if formats:
+        lines.append(f"from twinmoe.oracle.rounding import {', '.join(formats)}")
+    if "narrow" in code:
+        lines.append("narrow = FORMATS[config.dtype]")
+    return [f"    {line}" for line in (*lines, f"contract = {code}")]

@@ -5,14 +5,15 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from twinmoe.optimized.communication.pool_setup import release_pools
 from twinmoe.oracle import breadcrumbs, faults
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.diagnose import diagnosis_of
+from twinmoe.oracle.diagnose import diagnosis_of, telling
+from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.relations import require_relation
 from twinmoe.oracle.resources import held, left_since
 from twinmoe.oracle.scenario import Change
@@ -21,23 +22,29 @@ from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_spec import subject_factory
 from twinmoe.oracle.torchrun import TorchrunWorld, open_world
-from twinmoe.oracle.verdict import Finding, Verdict
+from twinmoe.oracle.verdict import Finding, Verdict, earlier
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
 
 
 def observe_case(
-    context: RankContext, case: Case, subjects: Sequence[str], change: Change | None = None
+    context: RankContext,
+    case: Case,
+    subjects: Sequence[str],
+    change: Change | None = None,
+    in_step: bool = False,
 ) -> dict[str, Showing]:
-    """Play the case with each subject on this rank, changed if so; all forwards are shown."""
+    """Play the case with each subject on this rank, changed if so; all forwards are shown.
+
+    ``in_step``: no rank starts a forward before all have looked at the one before.
+    """
     # Another task's buffers: every rank has answered since, so no peer reads them.
-    for group in {context.group, None}:
-        release_pools(group)
+    context.release_pools()
     showings = {}
     for name in subjects:
         start, held_before = len(breadcrumbs.journal), held()
         with faults.planted(case if name == "optimized" else replace(case, fault=""), context):
-            session = Session(case, context, subject_factory(name), change)
+            session = Session(case, context, subject_factory(name), change, in_step)
             answers, journal = session.play(), tuple(breadcrumbs.journal[start:])
             session.close()
             showings[name] = Showing(tuple(answers), journal, tuple(left_since(held_before)))
@@ -81,6 +88,10 @@ class Outcome:
         return "\n".join([*told, f"  reproduce: twinmoe replay{asked} '{self.case}'"])
 
 
+#: What is wrong, if nothing is once no rank goes ahead.
+_RAN_AHEAD = "a rank runs into what another has not finished: with all ranks in step it is right"
+
+
 class Trial:
     """Runs cases, keeping one world of workers per expert-parallel size."""
 
@@ -109,16 +120,43 @@ class Trial:
             outcome.verdicts[name], outcome.paths[name] = verdict, verdict.path
         outcome.run_seconds = observed - start
         outcome.judge_seconds = time.perf_counter() - observed
+        self._look_closer(outcome)
         return outcome
 
     def diagnose(self, outcome: Outcome) -> None:
-        """Put into ``outcome`` the named mistakes that explain its failures, by one more run."""
+        """Put into ``outcome`` what explains its failures, by a run of it and of a telling case."""
         wrong = [name for name, verdict in outcome.verdicts.items() if not verdict.equivalent]
         if not wrong:
             return
-        showings = self.observe(outcome.case, wrong)
+        shown = [self.observe(outcome.case, wrong)]
+        with suppress(WorkerFailure):  # a layer may be unable to run another case
+            shown.append(self.observe(telling(outcome.case), wrong))
         for name in wrong:
-            outcome.diagnosis += diagnosis_of([showing[name] for showing in showings])
+            outcome.diagnosis += diagnosis_of(
+                *([showing[name] for showing in showings] for showings in shown)
+            )
+
+    def _look_closer(self, outcome: Outcome) -> None:
+        """Name the stage of what only outputs have shown, by one more run with all ranks in step.
+
+        Where ranks run ahead, a forward's padded buffers can be shown of the last one alone.
+        """
+        blurred = [
+            name
+            for name, verdict in outcome.verdicts.items()
+            if verdict.culprit is not None and verdict.culprit.stage in ("combine", "output")
+        ]
+        case = outcome.case
+        if not blurred or case.ep_size == 1 or not (case.history or case.relation):
+            return
+        with suppress(WorkerFailure):  # what was found stands without a closer look
+            showings = self.observe(case, blurred, in_step=True)
+            for name in blurred:
+                verdict = judge_showings(case, [showing[name] for showing in showings])
+                if verdict.findings:
+                    outcome.verdicts[name] = earlier(outcome.verdicts[name], verdict)
+                else:
+                    outcome.diagnosis.append(_RAN_AHEAD)
 
     def observe(
         self,
@@ -126,13 +164,15 @@ class Trial:
         subjects: Sequence[str],
         change: Change | None = None,
         ep_size: int | None = None,
+        in_step: bool = False,
     ) -> list[dict[str, Showing]]:
         """Play ``case`` with each subject; return every rank's showings, unjudged.
 
         ``change`` is made to its history, with ``ep_size`` ranks where it asks for others.
+        ``in_step``: no rank starts a forward before all have looked at the one before.
         """
         world = self._world(ep_size or case.ep_size)
-        return world.run(observe_case, case, tuple(subjects), change)
+        return world.run(observe_case, case, tuple(subjects), change, in_step)
 
     def close(self) -> None:
         """End all workers."""

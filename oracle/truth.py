@@ -269,6 +269,7 @@ def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
     first, *rest = (
         terms_TKH[token_T1, slot_T1][:, 0] for slot_T1 in ids_TK.argsort(dim=1).split(1, dim=1)
     )
+    first = rounded(first, contract.combine)  # the sum's buffer holds it from the first term on
     for term in rest:
         pair = type(terms_TKH).stack([first, term])
         first = rounded(total(pair, 0, contract.accumulator), contract.combine)

@@ -123,6 +123,11 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
     return total
 
 
+def earlier(one: Verdict, other: Verdict) -> Verdict:
+    """The verdict whose first fault is earlier in the data flow; in a draw ``one``."""
+    return min(one, other, key=_place)
+
+
 def _place(verdict: Verdict) -> int:
     """How early in the data flow the first fault is; behind every stage if there is none."""
     return STAGES.index(verdict.culprit.stage) if verdict.culprit else len(STAGES)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from twinmoe.optimized.communication import pool_setup
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.oracle import wire
@@ -39,6 +40,14 @@ class RankContext:
     world_size: int
     group: dist.ProcessGroup | None
     device: torch.device
+
+    def release_pools(self) -> None:
+        """Let go of all symmetric memory, that of layers on this rank alone included.
+
+        No peer may be reading it: see :func:`pool_setup.release_pools`.
+        """
+        for group in {self.group, None}:
+            pool_setup.release_pools(group)
 
 
 @dataclass(frozen=True)

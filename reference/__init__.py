@@ -3,7 +3,7 @@
 from twinmoe.reference.checkpoint import CheckpointError
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 from twinmoe.reference.dense import dense_moe
-from twinmoe.reference.dispatch import MoEAlltoAllTokenDispatcher
+from twinmoe.reference.dispatch import MoEAlltoAllTokenDispatcher, PeerError
 from twinmoe.reference.experts import SequentialMLP
 from twinmoe.reference.hugging_face import HuggingFaceCheckpoint
 from twinmoe.reference.layer import MoELayer
@@ -23,6 +23,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "MoEWeights",
+    "PeerError",
     "Placement",
     "Routing",
     "SequentialMLP",

@@ -4,6 +4,8 @@ Legend: T tokens, H hidden_size, K experts per token, R ranks, N rows sent (the 
 that name an expert), S slots (rows received).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,13 @@ import torch.distributed as dist
 
 from twinmoe.reference.config import ConfigError
 from twinmoe.reference.placement import Placement
+
+#: Stands where a peer expects a row count: this rank takes no part, and says why next.
+_ABSENT = -1
+
+
+class PeerError(RuntimeError):
+    """Another rank takes no part in a collective: says which, and what it stumbled over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +59,23 @@ class MoEAlltoAllTokenDispatcher:
         self.placement = placement
         self.group = group
 
+    @contextmanager
+    def told_to_peers(self, device: torch.device) -> Iterator[None]:
+        """Around what a rank does before ``token_dispatch``: an error there ends the peers' wait.
+
+        They wait for this rank's row counts, and find in their place that it takes no part; then
+        all exchange the reasons.  Without an error nothing is sent.  ``device`` is that of the
+        tokens that the peers send.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.group is not None:
+                absent_R = torch.full((self.placement.ep_size,), _ABSENT, device=device)
+                self._counts_for_me(absent_R)
+                self._reasons(f"{type(error).__name__}: {error}")
+            raise
+
     def token_dispatch(
         self, x: torch.Tensor, ids_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
@@ -57,7 +83,8 @@ class MoEAlltoAllTokenDispatcher:
 
         ``x`` is [T, H], or [T, K, H] when each pair has a row of its own; ``ids_TK`` holds global
         expert ids, -1 where a pair has no expert and is not sent.  Returns the received rows
-        [S, H], for each the local id (int64) of its expert, and the way back.
+        [S, H], for each the local id (int64) of its expert, and the way back.  Raises PeerError
+        if another rank failed in `told_to_peers`.
         """
         num_tokens, experts_per_token = ids_TK.shape
         ids = ids_TK.flatten()
@@ -67,9 +94,11 @@ class MoEAlltoAllTokenDispatcher:
         rows_NH = x.flatten(0, -2)[row_N]
 
         sent_R = owner[position_N].bincount(minlength=self.placement.ep_size)
-        received_R = self._counts_for_me(sent_R)
+        received_R = self._counts_for_me(sent_R).tolist()
+        if _ABSENT in received_R:
+            raise PeerError(self._reasons())
         metadata = DispatchMetadata(
-            num_tokens, experts_per_token, position_N, sent_R.tolist(), received_R.tolist()
+            num_tokens, experts_per_token, position_N, sent_R.tolist(), received_R
         )
         x_SH = self._exchange(rows_NH, metadata.sent_R, metadata.received_R)
         ids_S = self._exchange(ids[position_N], metadata.sent_R, metadata.received_R)
@@ -85,6 +114,16 @@ class MoEAlltoAllTokenDispatcher:
     def _counts_for_me(self, sent_R: torch.Tensor) -> torch.Tensor:
         one_each = [1] * self.placement.ep_size
         return self._exchange(sent_R, one_each, one_each)
+
+    def _reasons(self, own: str | None = None) -> str:
+        """Exchange why ranks are absent; say it of all of them."""
+        reasons: list[str | None] = [own] * self.placement.ep_size
+        dist.all_gather_object(reasons, own, group=self.group)
+        absent = [f"rank {rank} ({reason})" for rank, reason in enumerate(reasons) if reason]
+        return (
+            f"no rows come from {', '.join(absent)}: tokens are exchanged by all ranks or by none; "
+            "correct it there, and call all ranks again"
+        )
 
     def _exchange(
         self, rows: torch.Tensor, send_R: list[int], receive_R: list[int]

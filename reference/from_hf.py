@@ -60,10 +60,12 @@ def _mixtral(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3_moe(raw: dict[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes the count of experts under Mixtral's name, 4 under a name of its own.
+    experts = "num_local_experts" if "num_local_experts" in raw else "num_experts"
     return {
         "hidden_size": raw["hidden_size"],
         "moe_intermediate_size": raw["moe_intermediate_size"],
-        "num_experts": raw["num_experts"],
+        "num_experts": raw[experts],
         "num_experts_per_tok": raw["num_experts_per_tok"],
         "norm_topk_prob": raw["norm_topk_prob"],
         "hidden_act": raw["hidden_act"],

@@ -39,7 +39,8 @@ class _Names:
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
-#: By ``model_type``.  Source: the state dicts of transformers 4.57.
+#: By ``model_type``, as on disk.  Source: what ``save_pretrained`` of transformers 4.57 writes;
+#: 5.17 writes the same, though its modules have other names and stack the experts.
 _NAMES = {
     "mixtral": _Names("block_sparse_moe", ("w1", "w3", "w2")),
     "qwen3_moe": _Names("mlp"),

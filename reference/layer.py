@@ -36,16 +36,21 @@ class MoELayer(nn.Module):
         placement = Placement(config.num_experts, ranks)
         weights.check(config, placement.experts_of(rank))
         self.config = config
+        self.device = weights.router_EH.device
         self.router = TopKRouter(config, weights)
         self.dispatcher = MoEAlltoAllTokenDispatcher(placement, group)
         self.experts = SequentialMLP(config, weights)
         self.shared_expert = SharedExpertMLP(config, weights) if config.has_shared_expert else None
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Return [T, H] for tokens [T, H], both in ``config.dtype``."""
-        self._check_input(x_TH)
-        routing = self.router(x_TH)
-        rows_TKH, weights_TK = self._weigh(x_TH, routing)
+        """Return [T, H] for tokens [T, H], both in ``config.dtype``.
+
+        Raises ConfigError for other tokens, and then PeerError on the other ranks.
+        """
+        with self.dispatcher.told_to_peers(self.device):
+            self._check_input(x_TH)
+            routing = self.router(x_TH)
+            rows_TKH, weights_TK = self._weigh(x_TH, routing)
         x_SH, local_expert_S, metadata = self.dispatcher.token_dispatch(rows_TKH, routing.ids_TK)
         y_SH = self.experts(x_SH, local_expert_S)
         y_TKH = self.dispatcher.token_combine(y_SH, metadata)
@@ -65,9 +70,10 @@ class MoELayer(nn.Module):
 
     def _check_input(self, x_TH: torch.Tensor) -> None:
         hidden_size, dtype = self.config.hidden_size, self.config.dtype
-        if x_TH.dim() != 2 or x_TH.shape[1] != hidden_size or x_TH.dtype != dtype:
+        shaped = x_TH.dim() == 2 and x_TH.shape[1] == hidden_size
+        if not shaped or x_TH.dtype != dtype or x_TH.device != self.device:
             raise ConfigError(
-                f"tokens are {list(x_TH.shape)} {x_TH.dtype}, but the layer takes "
-                f"[tokens, {hidden_size}] {dtype}: one row per token in the stored dtype; "
-                "reshape or cast them"
+                f"tokens are {list(x_TH.shape)} {x_TH.dtype} on {x_TH.device}, but the layer takes "
+                f"[tokens, {hidden_size}] {dtype} on {self.device}: one row per token, stored as "
+                "and where the weights are; reshape, cast or move them"
             )

@@ -59,7 +59,10 @@ class Kind:
 
 
 def draw_inputs(kind: str, config: MoEConfig, tokens: Sequence[int], seed: int) -> Inputs:
-    """Seeded inputs of ``kind``, ``tokens`` rows on each rank, the same on every machine."""
+    """Seeded inputs of ``kind``, ``tokens`` rows on each rank.
+
+    The same in every process of one machine; other vector units draw and stretch otherwise.
+    """
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn(sum(tokens), config.hidden_size, generator=generator)
     weights, x_TH = KINDS[kind].shape(config, MoEWeights.random(config, seed), x_TH, generator)

@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.truth import Truth
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
 
 #: Sets of expert outputs kept, each of up to seven fp64 tensors [T, K, H].
 _KEPT = 8
+
+#: All that expert outputs depend on in a contract.
+_OF_EXPERTS = (
+    *("accumulator", "weighted_input", "quantise_input", "gate_up", "gate"),
+    *("activation", "quantise_activation", "expert_output"),
+)
 
 
 class RememberingTruth(Truth):
@@ -31,12 +38,19 @@ class RememberingTruth(Truth):
     def recall(self, question: tuple[object, ...], compute: Callable[[], list[Any]]) -> list[Any]:
         """Compute what was not asked for lately, for the same tokens."""
         where_T2 = torch.stack([self.rank_T, self.row_T], dim=1)
-        key = tuple(
-            part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else part
-            for part in (where_T2, *question)
-        )
+        key = tuple(_key(part) for part in (where_T2, *question))
         if key not in self._known:
             self._known[key] = compute()
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         return self._known[key]
+
+
+def _key(part: object) -> Hashable:
+    """What makes two questions one: bits of tensors, and of a contract what concerns experts."""
+    if isinstance(part, Tensor):
+        return part.contiguous().numpy().tobytes()
+    if isinstance(part, RoundingContract):
+        return tuple(getattr(part, point) for point in _OF_EXPERTS)
+    assert isinstance(part, Hashable)
+    return part

@@ -7,59 +7,27 @@ weights, inputs, contract and truth must come out here again first, or it is no 
 Legend: T tokens of all ranks in rank order, H hidden_size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
-from twinmoe.oracle import doctor
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.diagnose import diagnosis_of
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.faults import patch_named, require_fault
 from twinmoe.oracle.golden.content import Figures, Forward, Golden, Recorded, environment
 from twinmoe.oracle.golden.file import GoldenError
-from twinmoe.oracle.golden.norm import declared, input_digests, interval, same_interval
-from twinmoe.oracle.golden.record import SUBJECT, rounds_of, shown_tensors
+from twinmoe.oracle.golden.norm import Drawn, declared, same_interval
+from twinmoe.oracle.golden.record import rounds_of, shown_tensors
+from twinmoe.oracle.golden.target import NotRun, Question, Resplit, Target, questions
 from twinmoe.oracle.live_layer import as_bits
 from twinmoe.oracle.scenario import Change, Scenario
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.showing import judge_showings
-from twinmoe.oracle.strategies import usable_backends
 from twinmoe.oracle.trial import Trial
 from twinmoe.oracle.verdict import Verdict
-from twinmoe.reference.config import ConfigError
 
-#: The transport that stands in where a device does not have the recorded one.
-_STAND_INS = {"cpu": {"nccl": "gloo"}, "cuda": {"gloo": "nccl", "nvls": "p2p"}}
-
-
-@dataclass(frozen=True)
-class Resplit(Change):
-    """The same tokens in the same order, shared evenly by ``ep_size`` ranks."""
-
-    ep_size: int
-
-    def hidden(self, hidden_by_rank: list[Tensor]) -> list[Tensor]:
-        """See `Change`."""
-        return list(torch.cat(hidden_by_rank).tensor_split(self.ep_size))
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where to compare: None leaves a case's own transport or number of ranks.
-
-    A transport that ``device`` has not is replaced by the nearest that it has, an expert backend
-    by its first choice; the report says what ran.  ``fault`` is planted in the cases that it
-    reaches.
-    """
-
-    device: str = "cpu"
-    transport: str | None = None
-    ep_size: int | None = None
-    subject: str = SUBJECT
-    fault: str = ""
+#: So many failed cases are searched for a mistake that explains them: seconds each.
+_EXPLAINED = 3
 
 
 @dataclass(frozen=True)
@@ -68,14 +36,14 @@ class Compared:
 
     ``verdict`` is None where a worker failed, as ``failure`` says then.  ``changed`` counts
     elements whose bits changed against the recording of the same path, of how many, by tensor;
-    None where another path ran.
+    None where another path ran.  ``mistakes`` name what would explain anyone's layer that is
+    wrong.
     """
 
-    recorded: Recorded
-    case: Case
-    ep_size: int
+    question: Question
     verdict: Verdict | None = None
     changed: dict[str, tuple[int, int]] | None = None
+    mistakes: tuple[str, ...] = ()
     failure: str = ""
 
     @property
@@ -84,120 +52,111 @@ class Compared:
         return self.verdict is not None and self.verdict.equivalent
 
     @property
+    def undecided(self) -> bool:
+        """Nothing is wrong, but scores nearly tie and the layer shows no expert ids."""
+        verdict = self.verdict
+        return verdict is not None and not verdict.conclusive and not verdict.findings
+
+    @property
+    def proven(self) -> bool:
+        """An error no rounding can make: outside the worst case, not only outside the likely."""
+        return self.verdict is not None and any(f.proof for f in self.verdict.findings)
+
+    @property
     def figures(self) -> Figures:
         """How close it came; all zero where a worker failed."""
         return Figures() if self.verdict is None else Figures.of(self.verdict)
 
     @property
     def account(self) -> str:
-        """What is wrong, with the line that shows it again; empty for an equivalent case."""
+        """What is wrong, and the line to ask again; empty for an equivalent case."""
         if self.equivalent:
             return ""
-        told = self.failure if self.verdict is None else str(self.verdict)
-        again = f"  recorded case: '{self.recorded.case}'"
-        if self.ep_size == self.case.ep_size:
-            again = f"  reproduce: twinmoe replay '{self.case}'"
-        return f"{told}\n{again}"
+        told = [self.failure if self.verdict is None else str(self.verdict)]
+        told += [f"  this is what one gets if {mistake}" for mistake in self.mistakes]
+        again = self.question.replay
+        line = f"  recorded case: '{self.question.recorded.case}'"
+        return "\n".join([*told, f"  reproduce: {again}" if again else line])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cases of a golden file, compared."""
+    """All cases of a golden file: those that were compared, those that its layer cannot run."""
 
     golden: Golden
     target: Target
     cases: list[Compared] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
+    def failed(self) -> list[Compared]:
+        """The cases that are wrong, or that no worker answered."""
+        return [one for one in self.cases if not one.equivalent and not one.undecided]
+
+    @property
+    def decided(self) -> bool:
+        """Some case shows something, of which an undecided one shows nothing."""
+        return any(not one.undecided for one in self.cases)
+
+    @property
     def equivalent(self) -> bool:
-        """Every case is."""
-        return all(compared.equivalent for compared in self.cases)
+        """Every case that could be decided is, and some could."""
+        return self.decided and not self.failed
 
 
 def compare(
     golden: Golden,
     trial: Trial,
     target: Target | None = None,
-    progress: Callable[[Compared], None] = lambda _: None,
+    progress: Callable[[Recorded], None] = lambda _: None,
 ) -> Comparison:
     """Play the cases of ``golden`` on ``target`` and judge them.
 
     ``trial`` must run on the target's device.  Raises ConfigError for a target that cannot run
-    a case or a fault that reaches none, GoldenError where the file is no norm on this machine.
+    a case, a fault that reaches none and a layer that can run none, GoldenError where the file is
+    no norm on this machine.
     """
     target = target or Target()
-    asked = list(questions(golden, target))
-    comparison = Comparison(golden, target, environment=environment(target.device))
-    for recorded, case, ep_size in asked:
-        comparison.cases.append(_compared(recorded, case, ep_size, trial, comparison))
-        progress(comparison.cases[-1])
+    asked, not_run = questions(golden, target)
+    comparison = Comparison(golden, target, not_run=not_run, environment=environment(target.device))
+    for one in not_run:
+        progress(one.recorded)
+    for question in asked:
+        comparison.cases.append(_compared(question, trial, comparison))
+        progress(question.recorded)
     return comparison
 
 
-def questions(golden: Golden, target: Target) -> Iterator[tuple[Recorded, Case, int]]:
-    """(recorded case, the case to play, ranks to play it on); refuses before anything runs."""
-    require_fault(target.fault)
-    fault, reached = patch_named(target.fault), 0
-    for recorded in golden.cases:
-        recorded_case = recorded.case
-        stand_in = _STAND_INS[target.device].get(recorded_case.transport, recorded_case.transport)
-        case = rerouted(recorded_case, target.transport or stand_in)
-        if case.backend not in usable_backends(case.config, target.device):
-            case = replace(case, backend="auto")
-        ep_size = target.ep_size or case.ep_size
-        case.config.check_ep_size(ep_size)
-        spread = replace(case, tokens=_shared_evenly(case, ep_size))
-        doctor.require_case(spread, target.device)
-        if fault is not None and fault.reaches(spread):
-            case, reached = replace(case, fault=fault.name), reached + 1
-        yield recorded, case, ep_size
-    if fault is not None and not reached:
-        raise ConfigError(
-            f"fault ({fault.name!r}) reaches none of the {len(golden.cases)} cases: nothing would "
-            "be shown about it; record cases that take that way"
-        )
-
-
-def rerouted(case: Case, transport: str) -> Case:
-    """``case`` on another transport, with the same forwards; AlltoAll has no graph."""
-    if transport != "alltoall":
-        return replace(case, transport=transport)
-    history = ".".join(map(str, case.steps())) if case.mode == "replayed" else case.history
-    return replace(case, transport=transport, mode="eager", history=history)
-
-
-def _shared_evenly(case: Case, ep_size: int) -> tuple[int, ...]:
-    if ep_size == case.ep_size:
-        return case.tokens
-    return tuple(len(part) for part in torch.empty(sum(case.tokens)).tensor_split(ep_size))
-
-
-def _compared(
-    recorded: Recorded, case: Case, ep_size: int, trial: Trial, comparison: Comparison
-) -> Compared:
+def _compared(question: Question, trial: Trial, comparison: Comparison) -> Compared:
+    recorded, case, ep_size = question.recorded, question.case, question.ep_size
     change = None if ep_size == case.ep_size else Resplit(ep_size)
-    subject, device = comparison.target.subject, comparison.golden.device
+    target, device = comparison.target, comparison.golden.device
     try:
-        showings = [
-            showing[subject] for showing in trial.observe(case, (subject,), change, ep_size)
-        ]
+        shown = trial.observe(case, (target.subject,), change, ep_size)
     except WorkerFailure as failure:
-        return Compared(recorded, case, ep_size, failure=f"{type(failure).__name__}: {failure}")
+        return Compared(question, failure=f"{type(failure).__name__}: {failure}")
+    showings = [showing[target.subject] for showing in shown]
     rounds = rounds_of(showings)
     for forward, answers in zip(recorded.forwards, rounds, strict=True):
-        scenario = replace(answers[0].scenario, change=Change())
-        require_norm(recorded.case, forward, scenario, device)
+        require_norm(recorded.case, forward, answers[0].scenario, device)
     verdict = judge_showings(case, showings)
-    return Compared(recorded, case, ep_size, verdict, _changed(recorded, rounds))
+    # Where one of our twins is wrong a replay says more; in anyone's layer it may be the adapter.
+    explain = not target.is_own and len(comparison.failed) < _EXPLAINED
+    mistakes = tuple(diagnosis_of(showings)) if explain and verdict.findings else ()
+    return Compared(question, verdict, _changed(recorded, rounds), mistakes)
 
 
-def require_norm(case: Case, forward: Forward, scenario: Scenario, device: str) -> None:
+def require_norm(case: Case, forward: Forward, asked: Scenario, device: str) -> None:
     """Raise GoldenError unless inputs, contract and truth of ``forward`` come out here again.
 
-    ``device``: the type of the one it was recorded on, which decides what its path declares.
+    ``case`` is the recorded one, ``asked`` what was played of it now, and ``device`` the type of
+    the one it was recorded on: both decide what its path declares.
     """
-    for what, digest in input_digests(scenario).items():
+    # as recorded: on the case's own ranks, and for the layer that this forward went through
+    scenario = replace(asked, change=Change())
+    drawn = Drawn(scenario)
+    for what, digest in drawn.digests().items():
         if digest != forward.digests.get(what):
             raise GoldenError(
                 f"golden case '{case}': its {what} are drawn otherwise here (SHA-256 "
@@ -205,7 +164,7 @@ def require_norm(case: Case, forward: Forward, scenario: Scenario, device: str) 
                 "another kind of CPU makes other random numbers; record it again here"
             )
     try:
-        contract = declared(case, forward.contract, device)
+        contract = declared(replace(case, config=scenario.config), forward.contract, device)
     except ValueError as error:
         raise GoldenError(
             f"golden case '{case}': its path {forward.contract!r} is gone from this version "
@@ -221,7 +180,7 @@ def require_norm(case: Case, forward: Forward, scenario: Scenario, device: str) 
             "a promise that changed needs a new recording"
         )
     stored = Enclosure(forward.tensors["value"], forward.tensors["radius"])
-    same_TH = same_interval(stored, interval(scenario, contract, forward.tensors["ids"]))
+    same_TH = same_interval(stored, drawn.interval(contract, forward.tensors["ids"]))
     if not same_TH.all():
         raise GoldenError(
             f"golden case '{case}': {int((~same_TH).sum())} of {same_TH.numel()} elements of its "

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -19,11 +19,16 @@ from torch import Tensor
 from twinmoe.oracle.case import Case, CaseError, ConfigError
 from twinmoe.oracle.golden.content import NORM, SHOWN, Figures, Forward, Golden, Recorded
 from twinmoe.oracle.golden.norm import tensors_digest
+from twinmoe.oracle.session import other_shape
+from twinmoe.reference.config import MoEConfig
 
 FORMAT = "twinmoe golden"
 
 #: Rises whenever a file of before would be read wrongly.
 VERSION = 1
+
+#: What safetensors itself allows.
+_MAX_HEADER = 100_000_000
 
 _METADATA = ("format", "version", "content", "digest")
 
@@ -54,19 +59,28 @@ def save(golden: Golden, path: Path) -> None:
         "content": content,
         "digest": _digest(content, tensors),
     }
-    path.write_bytes(save_tensors(tensors, metadata))
+    # A half-written file must not carry the name of a whole one.
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(save_tensors(tensors, metadata))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Golden:
     """Read a golden file; raises GoldenError for one that is not, or not whole."""
     refuse = _Refusal(path)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            # Somebody else's file may be a model of many GiB: its header is enough to refuse it.
+            metadata = _metadata(file, path.stat().st_size, refuse)
+            file.seek(0)
+            data = file.read()
     except OSError as error:
         raise refuse(
             "cannot be read", str(error.strerror), "name a file that was recorded"
         ) from None
-    metadata = _metadata(data, refuse)
     try:
         tensors = load_tensors(data)
     except Exception as error:  # safetensors has classes of its own for each kind of damage
@@ -99,19 +113,22 @@ class _Refusal:
         return GoldenError(f"golden file ({self._path}) {what}: {why}; {remedy}")
 
 
-def _metadata(data: bytes, refuse: Callable[[str, str, str], GoldenError]) -> dict[str, str]:
+def _metadata(
+    file: BinaryIO, size: int, refuse: Callable[[str, str, str], GoldenError]
+) -> dict[str, str]:
     """The header's strings, once header and size show a whole file of ours in this format."""
-    if not data:
+    if not size:
         raise refuse("is empty", "not even a header was written", _AGAIN)
-    length = int.from_bytes(data[:8], "little")
+    first = file.read(9)
+    length = int.from_bytes(first[:8], "little")
     foreign = "record one with twinmoe golden record"
-    if len(data) < 10 or data[8:9] != b"{":
+    if size < 10 or first[8:] != b"{" or length > _MAX_HEADER:
         raise refuse("is no safetensors file", "it does not begin with such a header", foreign)
-    if len(data) < 8 + length:
-        told = f"its header has {length} bytes, of which {len(data) - 8} are there"
+    if size < 8 + length:
+        told = f"its header has {length} bytes, of which {size - 8} are there"
         raise refuse("is truncated", told, _AGAIN)
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(first[8:] + file.read(length - 1))
         metadata = header.pop("__metadata__", {})
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -122,7 +139,7 @@ def _metadata(data: bytes, refuse: Callable[[str, str, str], GoldenError]) -> di
     _check_version(metadata.get("version", ""), refuse)
     if missing := [name for name in _METADATA if name not in metadata]:
         raise refuse("is incomplete", f"its header lacks {', '.join(missing)}", foreign)
-    if (there := len(data) - 8 - length) != end:
+    if (there := size - 8 - length) != end:
         what = "is truncated" if there < end else "has something appended"
         raise refuse(what, f"its tensors have {end} bytes, the file {there} for them", _AGAIN)
     return dict(metadata)
@@ -173,25 +190,30 @@ def _golden(content: Any, tensors: dict[str, Tensor]) -> Golden:
     cases = []
     for number, told in enumerate(content["cases"]):
         case = Case.parse(told["case"])
+        layers = [
+            other_shape(case).config if step.kind == "o" else case.config
+            for step in case.steps()
+            if step.is_forward
+        ]
+        if len(told["forwards"]) != len(layers):
+            raise ValueError(f"case {number} has {len(told['forwards'])} forwards, its line others")
         forwards = tuple(
-            _forward(case, forward, f"{number}.{place}", tensors)
-            for place, forward in enumerate(told["forwards"])
+            _forward(config, forward, f"{number}.{place}", tensors)
+            for place, (config, forward) in enumerate(zip(layers, told["forwards"], strict=True))
         )
-        if len(forwards) != sum(step.is_forward for step in case.steps()):
-            raise ValueError(f"case {number} has {len(forwards)} forwards, its line others")
         cases.append(Recorded(case, forwards, Figures(**told["figures"])))
     if tensors:
         raise ValueError(f"tensors {', '.join(sorted(tensors)[:3])} belong to no case")
     return Golden(tuple(cases), content["environment"], content["device"])
 
 
-def _forward(case: Case, told: Any, prefix: str, tensors: dict[str, Tensor]) -> Forward:
+def _forward(config: MoEConfig, told: Any, prefix: str, tensors: dict[str, Tensor]) -> Forward:
     names = (*NORM, *told["shown"])
     own = {name: tensors.pop(f"{prefix}.{name}") for name in names}
     tokens = tuple(told["tokens"])
     for name, tensor in own.items():
         wide = name not in ("ids", "weights")
-        width = case.config.hidden_size if wide else case.config.num_experts_per_tok
+        width = config.hidden_size if wide else config.num_experts_per_tok
         if tensor.shape != torch.Size((sum(tokens), width)):
             raise ValueError(f"tensor {prefix}.{name} has shape {tuple(tensor.shape)}")
     return Forward(

@@ -15,6 +15,7 @@ from twinmoe.oracle.contracts import eager_contract, graphed_contract
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.live_layer import as_bits
 from twinmoe.oracle.scenario import Scenario
+from twinmoe.oracle.truth import Truth
 
 #: fp64 truths of two machines differ by the order of their sums, far below any radius.
 _FP64_NOISE = 2.0**-40
@@ -29,18 +30,26 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def input_digests(scenario: Scenario) -> dict[str, str]:
-    """What the case's line draws on this machine: weights, and the batch in token order."""
-    weights = scenario.weights().tensors().items()
-    hidden = torch.cat(scenario.hidden())
-    return {"weights": tensors_digest(weights), "hidden": tensors_digest([("hidden", hidden)])}
+class Drawn:
+    """What the line of a case draws on this machine for one forward: drawn once, used twice."""
 
+    def __init__(self, scenario: Scenario) -> None:
+        self._config = scenario.config
+        self._weights, self._hidden_by_rank = scenario.weights(), scenario.hidden()
 
-def interval(scenario: Scenario, contract: RoundingContract, ids_TK: Tensor) -> Enclosure:
-    """The truth of a forward under ``contract`` if tokens go to ``ids_TK``: [T, H]."""
-    truth = scenario.truth()
-    weights_TK = truth.routing(contract).weights(ids_TK.long())
-    return truth.stages(contract, ids_TK.long(), weights_TK).sum_TH
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the weights, and of the batch in token order."""
+        hidden_TH = torch.cat(self._hidden_by_rank)
+        return {
+            "weights": tensors_digest(self._weights.tensors().items()),
+            "hidden": tensors_digest([("hidden", hidden_TH)]),
+        }
+
+    def interval(self, contract: RoundingContract, ids_TK: Tensor) -> Enclosure:
+        """The truth under ``contract`` if tokens go to ``ids_TK``: [T, H]."""
+        truth = Truth(self._config, self._weights, self._hidden_by_rank)
+        weights_TK = truth.routing(contract).weights(ids_TK.long())
+        return truth.stages(contract, ids_TK.long(), weights_TK).sum_TH
 
 
 def declared(case: Case, name: str, device: str) -> RoundingContract:

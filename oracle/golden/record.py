@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.golden.content import Figures, Forward, Golden, Recorded, environment
-from twinmoe.oracle.golden.norm import input_digests, interval
+from twinmoe.oracle.golden.norm import Drawn
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.trial import Trial
@@ -93,12 +93,13 @@ def shown_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:
 def _forward(answers: Sequence[Answer]) -> Forward:
     first = answers[0]
     shown = shown_tensors(answers)
-    norm = interval(first.scenario, first.contract, shown["ids"])
+    drawn = Drawn(first.scenario)
+    norm = drawn.interval(first.contract, shown["ids"])
     return Forward(
         path=first.observation.path,
         contract=first.contract.name,
         points=dict(first.contract.rows()),
         tokens=tuple(len(answer.observation.output_TH) for answer in answers),
-        digests=input_digests(first.scenario),
+        digests=drawn.digests(),
         tensors={"value": norm.value, "radius": norm.radius, **shown},
     )

@@ -65,7 +65,9 @@ def test_cells_are_spread_and_failures_kept(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "test_moe.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "ci" / "packages"), "TWINMOE_PROFILE": "quick"},
+        # the layers import what stands beside them in the checkout
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT / 'ci' / 'packages'}:{ROOT}", "TWINMOE_PROFILE": "quick"},
         capture_output=True,
         text=True,
         timeout=500,

@@ -15,12 +15,14 @@ GUIDE = (ROOT / "docs" / "your-layer.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
 
 
-def check(folder: Path, layer: str) -> subprocess.CompletedProcess[str]:
+def check(
+    folder: Path, layer: str, file: str = "my_layer.py", *more: str
+) -> subprocess.CompletedProcess[str]:
     """Save the layer, and run the command of the guide beside it."""
-    (folder / "my_layer.py").write_text(layer)
-    command = [sys.executable, "-m", "twinmoe.oracle", "check", "--subject", "my_layer.py:make"]
+    (folder / file).write_text(layer)
+    command = [sys.executable, "-m", "twinmoe.oracle", "check", "--subject", f"{file}:make"]
     return subprocess.run(
-        [*command, "--dtype", "bf16"],
+        [*command, *more, "--dtype", "bf16"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT / "ci" / "packages")},
         capture_output=True,
@@ -55,6 +57,21 @@ def test_the_guide_tells_what_happens(tmp_path: Path) -> None:
     done = check(tmp_path, f"{imports}\n{right}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nequivalent: " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_of_several_ranks_tells_what_happens(tmp_path: Path) -> None:
+    """Equivalent as printed; without the all-reduce, with the words of the guide."""
+    (right,) = [block for block in BLOCKS if "def gathered(" in block]
+    done = check(tmp_path, right, "my_ranks.py", "--ep", "1,2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nequivalent: " in done.stdout
+
+    alone = right.replace("dist.all_reduce(share, group=place.group)", "pass")
+    assert alone != right
+    done = check(tmp_path, alone, "my_ranks.py", "--ep", "2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert promised("the sum over ranks is missing") in done.stdout
 
 
 def test_the_first_example_is_short() -> None:

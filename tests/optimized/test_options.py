@@ -14,6 +14,7 @@ from tests.optimized.exact import (
 )
 from tests.spmd import run_spmd
 from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.reference.placement import Placement
@@ -124,8 +125,8 @@ def test_hidden_states_that_do_not_fit_are_refused(mode, hidden, found):
     if mode == "graphed":
         layer.set_inference_cuda_graphed_iteration()
     message = error_of(lambda: layer(hidden))
-    assert message.startswith(f"ValueError: hidden states of shape {found} do not fit the layer")
-    assert message.endswith("pass [tokens, 16] in torch.bfloat16")
+    assert message.startswith(f"ValueError: hidden states of shape {found} on cpu do not fit")
+    assert message.endswith("pass [tokens, 16] in torch.bfloat16 on cpu")
 
 
 def test_a_row_count_is_for_the_graphed_path():
@@ -152,8 +153,22 @@ def test_a_row_count_is_one_integer(num_valid, found):
     layer = optimized(config)
     layer.set_inference_cuda_graphed_iteration()
     message = error_of(lambda: layer(exact_tokens(config, 3), num_valid))
-    assert message.startswith(f"ValueError: num_valid of shape {found} is no row count")
-    assert "pass one int32 or int64" in message
+    assert message.startswith(f"ValueError: num_valid of shape {found} on cpu is no row count")
+    assert message.endswith("pass one int32 or int64 on cpu")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graphed"])
+def test_another_device_is_refused(mode):
+    """Kernels address one device: tensors elsewhere are named, not read."""
+    config = exact_config()
+    layer, runner = optimized(config), GraphRunner(optimized(config), (4,))
+    elsewhere = exact_tokens(config, 3).to("meta")
+    if mode == "graphed":
+        layer.set_inference_cuda_graphed_iteration()
+        message = error_of(lambda: layer(exact_tokens(config, 3), torch.tensor(2, device="meta")))
+        assert "on meta is no row count" in message
+    for call in (layer, runner):
+        assert "on meta do not fit" in error_of(lambda call=call: call(elsewhere))
 
 
 def differing(rank, group, build):

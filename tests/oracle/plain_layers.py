@@ -88,3 +88,54 @@ def fused(config: MoEConfig, weights: MoEWeights, _place: RankContext) -> PlainL
         return out_TH.to(config.dtype)
 
     return PlainLayer(forward, storage_contract("undeclared", config.dtype))
+
+
+def raising(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward that does not get through."""
+
+    def forward(hidden_TH: Tensor) -> Tensor:
+        return kernel(hidden_TH)
+
+    return PlainLayer(forward, storage_contract("raising", config.dtype))
+
+
+def kernel(_hidden_TH: Tensor) -> Tensor:
+    """A launch that fails."""
+    raise RuntimeError("no such kernel")
+
+
+def raising_without_tokens(
+    config: MoEConfig, weights: MoEWeights, place: RankContext
+) -> PlainLayer:
+    """A layer that is right, but for an empty batch."""
+    inner = right(config, weights, place)
+
+    def forward(hidden_TH: Tensor) -> object:
+        if not len(hidden_TH):
+            raise ValueError("no tokens")
+        return inner.forward(hidden_TH)
+
+    return PlainLayer(forward, inner.contract)  # type: ignore[arg-type]
+
+
+def wrong_dtype(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward that forgets the last cast."""
+    return PlainLayer(lambda hidden_TH: hidden_TH.double(), storage_contract("wide", config.dtype))
+
+
+def wrong_device(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward that leaves its rank's device."""
+    contract = storage_contract("elsewhere", config.dtype)
+    return PlainLayer(lambda hidden_TH: hidden_TH.to("meta"), contract)
+
+
+def wrong_taps(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward that shows one expert for each token."""
+    contract = storage_contract("tapped", config.dtype)
+    return PlainLayer(lambda hidden_TH: (hidden_TH, Taps(ids_TK=torch.zeros(3, 1))), contract)
+
+
+@runs(lambda config: neutral(config, no_such_setting=1))
+def wrong_runs(_config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> object:
+    """A declaration that fails on every config."""
+    return None

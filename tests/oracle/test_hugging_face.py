@@ -1,7 +1,7 @@
 """MoE blocks of Hugging Face transformers before our judge: the reference checked inside it.
 
-In fp32 their eager code keeps to the reference's contract: every stored tensor is fp32, and
-sums have no promised order.  In bf16 it rounds at points of its own:
+In fp32 their code keeps to the reference's contract: every stored tensor is fp32, and sums have
+no promised order.  In bf16 it rounds at points of its own, in release 4.57:
 
 =================  ==============================  ==============================
 point              Mixtral, Qwen3-MoE              DeepSeek-V3
@@ -14,6 +14,11 @@ sum over experts   bf16, in the order of ids       fp32, then stored in bf16
 shared expert      none                            added in bf16
 =================  ==============================  ==============================
 
+Release 5 (read at 5.17 and 5.23) has one loop over experts for all three, which stores weight *
+output in bf16 and sums in bf16, and Mixtral's routing weights stay in fp32.  Its ``grouped_mm``,
+the default of a whole model, and ``batched_mm`` sum in fp32 instead, and keep weight * output in
+the dtype of the routing weights.
+
 So each has a contract of its own, and is judged under it like any other subject.
 
 Legend: T tokens, H hidden_size, E experts, K experts per token.
@@ -22,13 +27,14 @@ Legend: T tokens, H hidden_size, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.oracle.subjects import reference
-from tests.reference.hf_blocks import MODELS, hf_block, hf_forward
+from tests.reference.hf_blocks import MODELS, hf_block, hf_forward, hf_routing
 from tests.reference.inputs import tokens
 from twinmoe.oracle import RankObservation, RoundingContract, Taps, Truth, judge, storage_contract
 from twinmoe.oracle.contract import Ties
@@ -37,8 +43,9 @@ from twinmoe.oracle.rounding import BF16
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
 
-pytest.importorskip("transformers", reason="judges the MoE blocks of transformers")
+transformers = pytest.importorskip("transformers", reason="judges the MoE blocks of transformers")
 
+RELEASE_5 = not transformers.__version__.startswith("4.")
 TOKENS = 48
 SETTINGS = [
     ("mixtral", {}),
@@ -49,19 +56,6 @@ SETTINGS = [
     ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
 ]
 every_setting = pytest.mark.parametrize(("model", "changes"), SETTINGS)
-
-
-def hf_routing(model: str, block: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the experts [T, K] that their block chooses, and the weights that it gives them."""
-    with torch.no_grad():
-        answer = block.gate(x_TH)
-        if model == "deepseek_v3":
-            return answer
-        scores_TE = torch.softmax(answer, dim=1, dtype=torch.float)
-        weights_TK, ids_TK = torch.topk(scores_TE, block.top_k, dim=-1)
-        if model == "mixtral" or block.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    return ids_TK, weights_TK.to(x_TH.dtype)
 
 
 def case_of(
@@ -93,34 +87,61 @@ def test_in_fp32_their_block_is_inside_our_envelope(model, changes):
 def test_in_fp32_a_block_with_gate_and_up_exchanged_is_outside(model):
     """The check above can fail: the same block with one pair of matrices swapped does."""
     block, config, weights, x_TH = case_of(model, torch.float32, {})
-    gate, up = ("w1", "w3") if model == "mixtral" else ("gate_proj", "up_proj")
-    for expert in block.experts:
-        first, second = getattr(expert, gate), getattr(expert, up)
-        setattr(expert, gate, second)
-        setattr(expert, up, first)
+    exchange(model, block.experts)
     truth, contract = Truth(config, weights, [x_TH]), reference_contract(config)
     assert not judge([RankObservation(hf_forward(block, x_TH))], truth, contract).equivalent
 
 
+def exchange(model: str, experts: Any) -> None:
+    """Take gate for up in every expert."""
+    if RELEASE_5:
+        experts.gate_up_proj.data = torch.cat(experts.gate_up_proj.chunk(2, dim=1)[::-1], dim=1)
+        return
+    gate, up = ("w1", "w3") if model == "mixtral" else ("gate_proj", "up_proj")
+    for expert in experts:
+        first, second = getattr(expert, gate), getattr(expert, up)
+        setattr(expert, gate, second)
+        setattr(expert, up, first)
+
+
 # --- bf16: contracts of their own ------------------------------------------------------------
 
+#: What each block stores in its dtype, beside what all of them do.
+_WEIGHTED = ("logits", "router_weights", "terms", "combine")
+EAGER_4 = {"mixtral": _WEIGHTED, "qwen3_moe": _WEIGHTED, "deepseek_v3": ("reduced",)}
+EAGER_5 = {
+    "mixtral": ("logits", "terms", "combine"),
+    "qwen3_moe": _WEIGHTED,
+    "deepseek_v3": ("terms", "combine"),
+}
+GROUPED_5 = {
+    "mixtral": ("logits",),
+    "qwen3_moe": ("logits", "router_weights", "terms"),
+    "deepseek_v3": ("reduced",),
+}
+#: By the implementations of experts that a release has, of which the first is a block's default.
+POINTS = {"eager": EAGER_5, "grouped_mm": GROUPED_5, "batched_mm": GROUPED_5}
+if not RELEASE_5:
+    POINTS = {"eager": EAGER_4}
+every_implementation = pytest.mark.parametrize("experts", POINTS)
 
-def bf16_contract(model: str) -> RoundingContract:
-    """Declare the roundings of their eager code; their top-k leaves ties open."""
-    stored = storage_contract(f"{model}, eager", torch.bfloat16)
-    own = replace(stored, ties=Ties.ANY, gate=BF16)
-    if model == "deepseek_v3":
-        return replace(own, reduced=BF16)
-    return replace(own, logits=BF16, router_weights=BF16, terms=BF16, combine=BF16)
+
+def bf16_contract(model: str, experts: str) -> RoundingContract:
+    """Declare the roundings of their code; their top-k leaves ties open."""
+    stored = storage_contract(f"{model}, {experts}", torch.bfloat16)
+    points = dict.fromkeys(POINTS[experts][model], BF16)
+    return replace(stored, ties=Ties.ANY, gate=BF16, **points)
 
 
+@every_implementation
 @every_setting
-def test_in_bf16_their_block_is_equivalent_under_its_own_contract(model, changes):
-    """Experts, weights and outputs within the roundings of their eager code."""
-    block, config, weights, x_TH = case_of(model, torch.bfloat16, changes)
+def test_in_bf16_their_block_is_equivalent_under_its_own_contract(model, changes, experts):
+    """Experts, weights and outputs within the roundings of their code."""
+    settings = changes | {"experts_implementation": experts}
+    block, config, weights, x_TH = case_of(model, torch.bfloat16, settings)
     taps = Taps(*hf_routing(model, block, x_TH))
     theirs = RankObservation(hf_forward(block, x_TH), taps, path="transformers")
-    verdict = judge([theirs], Truth(config, weights, [x_TH]), bf16_contract(model))
+    verdict = judge([theirs], Truth(config, weights, [x_TH]), bf16_contract(model, experts))
     assert verdict.equivalent, str(verdict)
     assert verdict.slots_visible == verdict.slots
 
@@ -145,24 +166,26 @@ def test_in_bf16_their_roundings_are_not_ours(model):
     theirs = RankObservation(hf_forward(block, x_TH))
     assert judge([theirs], truth, contract).findings
     ours = reference(config, weights, x_TH, tapped=False)
-    assert judge([ours], truth, bf16_contract(model)).findings
+    assert judge([ours], truth, bf16_contract(model, "eager")).findings
 
 
 #: Not an input's, a shared expert's that there is none of, the output's own, or that of the
 #: one sum of Mixtral's two experts, which the output repeats.
 UNSEEN = ("weighted_input", "shared_gate_up", "shared_output", "output")
-POINTS = [
-    (model, point)
+SEEN = [
+    (model, experts, point)
     for model in MODELS
-    for point, stored in vars(bf16_contract(model)).items()
+    for experts in POINTS
+    for point, stored in vars(bf16_contract(model, experts)).items()
     if stored is BF16 and point not in UNSEEN and (model, point) != ("mixtral", "combine")
 ]
 
 
-@pytest.mark.parametrize(("model", "point"), POINTS)
-def test_in_bf16_each_of_their_roundings_is_seen(model, point):
+@pytest.mark.parametrize(("model", "experts", "point"), SEEN)
+def test_in_bf16_each_of_their_roundings_is_seen(model, experts, point):
     """Declare one of them as left out, and their block is outside."""
-    block, config, weights, x_TH = case_of(model, torch.bfloat16, {})
-    contract = replace(bf16_contract(model), **{point: None})
+    settings = {"experts_implementation": experts}
+    block, config, weights, x_TH = case_of(model, torch.bfloat16, settings)
+    contract = replace(bf16_contract(model, experts), **{point: None})
     theirs = RankObservation(hf_forward(block, x_TH), Taps(*hf_routing(model, block, x_TH)))
     assert judge([theirs], Truth(config, weights, [x_TH]), contract).findings

@@ -21,7 +21,7 @@ from tests.oracle.arithmetic import (
     stored,
 )
 from twinmoe.oracle.envelope import Enclosure, Grade, matmul
-from twinmoe.oracle.rounding import FP32, FP64, HOPPER_FP16
+from twinmoe.oracle.rounding import CPU_BF16, FP32, FP64, HOPPER_FP16
 
 T, M = 4, 5
 seeds = st.integers(0, 2**32)
@@ -184,3 +184,38 @@ def test_subnormal_operands_may_lose_bits_where_exponents_are_read_as_stored() -
     assert radius == 2.0**-24 * (2.0**-14 - 2.0**-20)
     zeros = Enclosure.exact(torch.zeros(1, 2))
     assert matmul(zeros, weight, HOPPER_FP16, Grade.SHARP).radius == 0
+
+
+@pytest.mark.parametrize("scale", [2.0**20, 1.0])
+@pytest.mark.parametrize(("x", "weight"), [(2.0**-130, 1.0), (1.0, 2.0**-130)])
+def test_subnormal_operands_may_count_as_zeros(x: float, weight: float, scale: float) -> None:
+    """Where dot products drop them, the enclosure reaches to zero, however large the product is."""
+    x, weight = (value if value < 1 else value * scale for value in (x, weight))
+    factors = Enclosure.exact(torch.tensor([[x, 0.0]])), torch.tensor([[weight, 1.0]])
+    assert matmul(*factors, FP32, Grade.SHARP).radius < x * weight
+    assert matmul(*factors, CPU_BF16, Grade.SHARP).radius >= x * weight
+
+
+def test_subnormal_sums_may_count_as_zeros() -> None:
+    """Also those of normal operands; what is normal all the way stays exact."""
+    for exponent, exact in ((-66, False), (-62, True)):
+        x, weight = torch.tensor([[2.0**-64]]), torch.tensor([[2.0**exponent]])
+        radius = matmul(Enclosure.exact(x), weight, CPU_BF16, Grade.SHARP).radius
+        assert radius == 0 if exact else radius >= 2.0 ** (exponent - 64)
+    zeros = Enclosure.exact(torch.zeros(1, 1))
+    assert matmul(zeros, torch.ones(1, 1), CPU_BF16, Grade.SHARP).radius == 0
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_bf16_dot_products_of_this_cpu_stay_inside(rows: int) -> None:
+    """Subnormal operands and products through torch's own GEMM, whatever it makes of them."""
+    generator = torch.Generator().manual_seed(rows)
+    size = torch.randint(-70, -54, (rows, 32), generator=generator)
+    x = torch.ldexp(torch.randn(rows, 32, generator=generator), size).to(torch.bfloat16)
+    x[:, ::3] *= 2.0**-66
+    weight = torch.ldexp(torch.randn(16, 32, generator=generator), size[:1] + 8).to(torch.bfloat16)
+    weight[:, ::5] *= 2.0**70
+    enclosure = matmul(Enclosure.exact(x), weight.double(), CPU_BF16, Grade.HARD)
+    rounding = 2.0**-8 * enclosure.value.abs() + 2.0**-133
+    seen = (x @ weight.T).double()
+    assert ((seen - enclosure.value).abs() <= enclosure.radius * 1.01 + rounding).all()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,11 +11,10 @@ from rich.console import Console
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.check import CellResult, Plan, Summary, plan_cells
-from twinmoe.oracle.contracts import own_contracts, reference_contract
+from twinmoe.oracle.contracts import reference_contract
 from twinmoe.oracle.failures import WorkerHang
 from twinmoe.oracle.report import (
     as_json,
-    contract_table,
     failures,
     show,
     throughput,
@@ -165,16 +163,6 @@ def test_throughput_is_told_by_group_size() -> None:
     one = result_of(cells("eager", ep_sizes=(1,))[0])
     text = throughput(summary_of(one, hung(cells("eager")[0])))
     assert text == ("cases per minute at EP 1: 60, EP 2: -; 25% of the time was spent judging")
-
-
-def test_contracts_have_a_column_each() -> None:
-    """Every path of ours is a column, from accumulator to output a row each."""
-    console = Console(width=240, record=True, file=StringIO())
-    console.print(contract_table(torch.float16))
-    text = console.export_text()
-    assert all(contract.name in text for contract in own_contracts(torch.float16))
-    assert re.search(r"│ output +│ fp16 ", text)
-    assert re.search(r"│ router +│ fp32 ", text)
 
 
 # --- for programs ----------------------------------------------------------------------------

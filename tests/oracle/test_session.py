@@ -72,6 +72,15 @@ def test_only_the_last_forward_shows_its_padded_buffers(trial: Trial) -> None:
     assert last.observation.taps.gathered_ids is not None
 
 
+def test_in_step_every_forward_shows_its_padded_buffers(trial: Trial) -> None:
+    """All ranks wait for each other: nobody writes before all have looked, in relations too."""
+    for story in ("history=f0.f1.f0", "relation=alone"):
+        case = Case.parse(f"T=5/2,{LAYER},{story}")
+        for showing in trial.observe(case, ("optimized",), in_step=True):
+            for answer in showing["optimized"].answers:
+                assert answer is None or answer.observation.taps.partial is not None
+
+
 def test_padding_is_filled_as_asked(trial: Trial) -> None:
     """Each number of the step has its content, in the order of the program."""
     seen = answers(trial, f"T=5/2,{LAYER},history=f0.x1.f0.x2.f0.x3.f0.x0.f0")

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from textwrap import dedent
+
 import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.oracle import plain_layers
+from tests.oracle import plain_layers, rounding_layers
 from twinmoe.oracle import cli
-from twinmoe.oracle.contract import storage_contract
-from twinmoe.oracle.suggest import FAMILY, ROUTERS, Fit, Suggestion, contract_of
+from twinmoe.oracle.contract import Ties, Wire, storage_contract
+from twinmoe.oracle.nearest import Move, moves_from
+from twinmoe.oracle.rounding import FORMATS, FP32
+from twinmoe.oracle.suggest import Fit, Suggestion, first_contract
+from twinmoe.reference.config import MoEConfig
 
 FILE = plain_layers.__file__
+CONFIG = MoEConfig(
+    hidden_size=32,
+    moe_intermediate_size=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    dtype=torch.bfloat16,
+)
 
 
-def suggest(layer: str, *arguments: str) -> tuple[int, str]:
+def suggest(layer: str, file: str = FILE) -> tuple[int, str]:
     """Exit code and output of the command."""
-    run = ["calibrate", "--suggest-contract", "--subject", f"{FILE}:{layer}", "--draws", "4"]
-    result = CliRunner().invoke(cli.main, [*run, *arguments])
+    run = ["calibrate", "--suggest-contract", "--subject", f"{file}:{layer}", "--draws", "4"]
+    result = CliRunner().invoke(cli.main, run)
     return result.exit_code, result.stdout
 
 
@@ -25,7 +39,7 @@ def test_the_stored_layer_is_recognised() -> None:
     """The reference stores everything; what it declares is not looked at."""
     code, told = suggest("right")
     assert code == cli.EQUIVALENT
-    assert "replace(storage_contract('everything stored, fp32 router', config.dtype)" in told
+    assert "replace(storage_contract('mine', config.dtype), ties=Ties.ANY)" in told
     assert "a guess, to be confirmed" in told
 
 
@@ -33,14 +47,47 @@ def test_a_fused_layer_is_recognised() -> None:
     """A layer that keeps gate, up and expert outputs unrounded is told from one that does not."""
     code, told = suggest("fused")
     assert code == cli.EQUIVALENT
-    assert "gate_up=None, expert_output=None, ties=Ties.ANY" in told
+    assert "expert_output=None, gate_up=None, ties=Ties.ANY" in told
 
 
-def test_a_wrong_layer_fits_no_contract() -> None:
-    """Exit 1: a mistake is no rounding."""
+@pytest.mark.parametrize(
+    ("layer", "points"),
+    [
+        ("two_roundings", {"logits", "gate_up"}),
+        ("mixtral_as_in_transformers", {"logits", "router_weights", "gate", "terms", "combine"}),
+    ],
+)
+def test_several_roundings_at_once_are_recognised(layer: str, points: set[str]) -> None:
+    """The lines that are printed, pasted into a factory, declare exactly those points."""
+    code, told = suggest(layer, rounding_layers.__file__)
+    assert code == cli.EQUIVALENT, told
+    contract = pasted(told)
+    stored = replace(storage_contract("mine", CONFIG.dtype), ties=Ties.ANY)
+    assert {name for name in vars(stored) if vars(stored)[name] != vars(contract)[name]} == points
+
+
+def pasted(told: str) -> object:
+    """What the proposed lines make where a factory has its config."""
+    names: dict[str, object] = {"config": CONFIG}
+    exec(dedent("".join(re.findall(r"^    .*\n", told, re.MULTILINE))), names)
+    return names["contract"]
+
+
+def test_without_a_fit_the_nearest_is_told() -> None:
+    """Exit 1: a mistake is no rounding; the nearest contract is told with its distance."""
     code, told = suggest("swapped")
     assert code == cli.NOT_EQUIVALENT
-    assert "no contract of the family fits every case" in told
+    assert re.search(r"does NOT fit: 9\d(\.\d+)? % of elements are outside, 0 of 4 cases", told)
+    assert pasted(told) == replace(storage_contract("mine", CONFIG.dtype), ties=Ties.ANY)
+    assert "no matter of rounding alone" in told
+
+
+def test_a_layer_that_raises_could_not_be_looked_at() -> None:
+    """Exit 2, and the line of the layer first."""
+    run = ["calibrate", "--suggest-contract", "--subject", f"{FILE}:raising", "--timeout", "60"]
+    result = CliRunner().invoke(cli.main, run)
+    assert result.exit_code == cli.COULD_NOT_RUN
+    assert re.match(rf"{re.escape(FILE)}:\d+ in kernel: RuntimeError: no such", result.stderr)
 
 
 def test_the_command_needs_a_layer() -> None:
@@ -50,28 +97,34 @@ def test_the_command_needs_a_layer() -> None:
     assert "add --subject" in result.stderr
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_members_of_the_family_differ(dtype: torch.dtype) -> None:
-    """Each member declares something of its own, all from the storage contract."""
-    members = {
-        contract_of(experts | router, dtype)
-        for experts in FAMILY.values()
-        for router in ROUTERS.values()
-    }
-    assert len(members) == len(FAMILY) * len(ROUTERS)
-    assert {member.output for member in members} == {storage_contract("", dtype).output}
+def fit_of(**points: object) -> Fit:
+    """A contract with these differences."""
+    return Fit(frozenset(Move(((name, value),), name) for name, value in points.items()))
 
 
 def test_the_proposed_code_declares_what_was_judged() -> None:
-    """The line that is printed makes the contract that fitted."""
-    fit = Fit("mine", {"gate": "stored", "gate_up": None})
-    assert fit.code(1) == (
+    """The line that is printed makes the contract that fitted, with a wire over several ranks."""
+    fit = fit_of(gate=FORMATS[CONFIG.dtype], gate_up=None)
+    one, two = Suggestion([fit], CONFIG), Suggestion([fit], CONFIG, ranks=2)
+    assert one.code(fit) == (
         "replace(storage_contract('mine', config.dtype), gate=narrow, gate_up=None, ties=Ties.ANY)"
     )
-    assert "wire=Wire.PER_HOP" in fit.code(2)
+    assert "partial=FP32, reduced=FP32, ties=Ties.ANY, wire=Wire.PER_HOP" in two.code(fit)
+    assert (one.contract(fit).wire, two.contract(fit).wire) == (Wire.NONE, Wire.PER_HOP)
+
+
+def test_a_found_wire_replaces_the_first_one() -> None:
+    """What travels between ranks is written once."""
+    moves = moves_from(first_contract(CONFIG.dtype, 2), CONFIG, 2)
+    wire = next(move for move in moves if dict(move.points).get("partial") != FP32 and
+                "wire" in dict(move.points))  # fmt: skip
+    fit = Fit(frozenset([wire]))
+    code = Suggestion([fit], CONFIG, ranks=2).code(fit)
+    assert code.count("partial=") == 1
+    assert "partial=narrow" in code
 
 
 def test_a_contract_that_was_never_decided_is_not_proposed() -> None:
     """Cases in which near ties leave everything open prove no contract."""
-    open_fit = Fit("open", {}, fits=2, cases=2, undecided=2)
-    assert Suggestion([open_fit]).best is None
+    undecided = Fit(frozenset(), fits=2, cases=2, undecided=2)
+    assert Suggestion([undecided], CONFIG).best is None

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -172,3 +173,37 @@ def test_ranks_on_different_paths_are_refused(trial: Trial) -> None:
 def test_true_claims_pass(trial: Trial) -> None:
     """The same answers, not forged, are equivalent."""
     assert judged(trial, lambda answer: answer).equivalent
+
+
+def test_a_fault_of_an_earlier_forward_is_named_at_its_stage(trial: Trial) -> None:
+    """Outputs alone tell of it while ranks run ahead; in step, the share that is wrong is seen."""
+    case = Case.parse(
+        "T=0/2,H=192,I=16,E=8,k=1,scoring_func=sqrtsoftplus,n_group=4,topk_group=2,"
+        "group_score=max,use_correction_bias=1,dtype=fp32,mode=graphed,values=positive,bias=nan,"
+        "padding=nan,seed=238,history=p.f0.p.f0.f1,fault=untranslated_ids"
+    )
+    blurred = judge_showings(
+        case, [each["optimized"] for each in trial.observe(case, ["optimized"])]
+    )
+    assert blurred.culprit is not None
+    outcome = trial.run(case)
+    culprit = outcome.verdicts["optimized"].culprit
+    assert culprit is not None
+    assert (blurred.culprit.stage, culprit.stage) == ("output", "experts")
+    assert outcome.diagnosis == []
+
+
+class _RaceTrial(Trial):
+    """A trial whose fault goes away once all ranks are in step, as a race does."""
+
+    def observe(self, case: Case, *args: Any, in_step: bool = False, **more: Any) -> Any:
+        return super().observe(replace(case, fault="") if in_step else case, *args, **more)
+
+
+def test_what_is_right_in_step_is_told_as_a_race() -> None:
+    """The verdict stays, and says that a rank ran ahead of another."""
+    case = Case.parse(f"T=3/1,{SIZES},history=f0.f1,fault=zeros")
+    with _RaceTrial(subjects=("optimized",)) as trial:
+        outcome = trial.run(case)
+    assert not outcome.equivalent
+    assert "if a rank runs into what another has not finished" in outcome.explain()

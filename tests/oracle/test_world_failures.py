@@ -25,6 +25,10 @@ from twinmoe.oracle.failures import (
 )
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
+from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.layer import MoELayer
+from twinmoe.reference.placement import Placement
+from twinmoe.reference.weights import MoEWeights
 
 
 def _footprint(*operations: str, phase: Phase = Phase.PAST) -> Footprint:
@@ -141,6 +145,21 @@ def test_the_cause_outranks_a_lost_connection() -> None:
     """A task's own error is blamed although another rank's lost connection came first."""
     with World(2) as world, pytest.raises(WorkerError, match="rank 1 raised KeyError"):
         world.run(_fail_after_a_lost_connection)
+
+
+def _take_a_bad_batch(context: RankContext) -> None:
+    config = MoEConfig(hidden_size=8, moe_intermediate_size=8, num_experts=6, num_experts_per_tok=2)
+    experts = Placement(6, context.world_size).experts_of(context.rank)
+    layer = MoELayer(config, MoEWeights.random(config, 0, experts), context.group)
+    width = 7 if context.rank == 1 else 8
+    layer(torch.zeros(3, width, dtype=config.dtype))
+
+
+def test_the_cause_outranks_what_its_peers_were_told_of_it() -> None:
+    """One rank's batch does not fit: it is to blame, not those that raise because it cannot."""
+    with World(3) as world, pytest.raises(WorkerError, match=r"tokens are \[3, 7\]") as caught:
+        world.run(_take_a_bad_batch)
+    assert caught.value.ranks == (1,)
 
 
 def _walk(context: RankContext) -> Footprint:

@@ -1,6 +1,9 @@
 """MoE blocks of Hugging Face transformers and our layer, with shared weights.
 
-Legend: E experts, H hidden_size, F rows of w13 (gate, then up), I intermediate size.
+Release 4.57, which has a module for each expert, and release 5 from 5.17 on, which stacks them.
+
+Legend: T tokens, E experts, H hidden_size, K experts per token, F rows of w13 (gate, then up),
+I intermediate size.
 """
 
 from collections.abc import Callable
@@ -47,7 +50,7 @@ def hf_block(
     """Return a transformers MoE block, and our config and weights of the same layer.
 
     ``changes`` are settings of the transformers config.  Skips the test where transformers is
-    absent or arranges its blocks otherwise than release 4.57.
+    absent.
     """
     transformers = pytest.importorskip(
         "transformers", reason="compares with the MoE blocks of transformers"
@@ -56,8 +59,6 @@ def hf_block(
     config = MoEConfig.from_hf(hf_config, dtype=dtype)
     weights = MoEWeights.random(config, seed)
     block = _block_class(model)(hf_config).to(dtype).eval()
-    if not isinstance(getattr(block, "experts", None), nn.ModuleList):
-        pytest.skip("this transformers keeps experts in fused tensors; written for 4.57")
     with torch.no_grad():
         _fill(block, weights)
     return block, config, weights
@@ -69,6 +70,27 @@ def hf_forward(block: nn.Module, x_TH: torch.Tensor) -> torch.Tensor:
         answer = block(x_TH.unsqueeze(0))
     hidden = answer[0] if isinstance(answer, tuple) else answer
     return hidden.squeeze(0)
+
+
+def hf_routing(model: str, block: Any, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts [T, K] that a block chooses, and the weights that it gives them."""
+    with torch.no_grad():
+        answer = block.gate(x_TH)
+    if stacks_experts(block):
+        _, weights_TK, ids_TK = answer
+        return ids_TK, weights_TK
+    if model == "deepseek_v3":
+        return answer
+    scores_TE = torch.softmax(answer, dim=1, dtype=torch.float)
+    weights_TK, ids_TK = torch.topk(scores_TE, block.top_k, dim=-1)
+    if model == "mixtral" or block.norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return ids_TK, weights_TK.to(x_TH.dtype)
+
+
+def stacks_experts(block: Any) -> bool:
+    """Whether a block is one of release 5: two parameters hold the matrices of all experts."""
+    return hasattr(block.experts, "gate_up_proj")
 
 
 def _block_class(model: str) -> Callable[..., nn.Module]:
@@ -90,8 +112,14 @@ def _fill(block: Any, weights: MoEWeights) -> None:
     if weights.correction_bias_E is not None:
         # .to(dtype) of the block has cast this buffer too; the models keep it in fp32.
         block.gate.e_score_correction_bias = weights.correction_bias_E.clone()
-    for expert, w13_FH, w2_HI in zip(block.experts, weights.w13_LFH, weights.w2_LHI, strict=True):
-        _fill_mlp(expert, w13_FH, w2_HI)
+    if stacks_experts(block):
+        block.experts.gate_up_proj.copy_(weights.w13_LFH)
+        block.experts.down_proj.copy_(weights.w2_LHI)
+    else:
+        for expert, w13_FH, w2_HI in zip(
+            block.experts, weights.w13_LFH, weights.w2_LHI, strict=True
+        ):
+            _fill_mlp(expert, w13_FH, w2_HI)
     if weights.shared_w13_FH is not None:
         _fill_mlp(block.shared_experts, weights.shared_w13_FH, weights.shared_w2_HI)
 

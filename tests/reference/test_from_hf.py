@@ -46,9 +46,20 @@ QWEN3 = {
 }
 
 
+#: As transformers 5 writes it.
+QWEN3_OF_TRANSFORMERS_5 = {key: value for key, value in QWEN3.items() if key != "num_experts"} | {
+    "num_local_experts": 128
+}
+
+
 @pytest.mark.parametrize(
     ("record", "name"),
-    [(MIXTRAL, "mixtral-8x7b"), (QWEN3, "qwen3-30b-a3b"), (DEEPSEEK, "deepseek-v3")],
+    [
+        (MIXTRAL, "mixtral-8x7b"),
+        (QWEN3, "qwen3-30b-a3b"),
+        (QWEN3_OF_TRANSFORMERS_5, "qwen3-30b-a3b"),
+        (DEEPSEEK, "deepseek-v3"),
+    ],
 )
 def test_a_published_config_json_is_its_published_geometry(record, name):
     """Reading a model's config.json gives the geometry that is recorded under its name."""

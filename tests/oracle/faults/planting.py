@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twinmoe.optimized.experts import InferenceGroupedMLP
+from tests.oracle.faults.at_functions import experts_of
 from twinmoe.optimized.shared_expert import InferenceSharedExpert
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import FAULTS, planted
@@ -15,7 +15,6 @@ from twinmoe.oracle.subject import bucket_for
 from twinmoe.oracle.trial import observe_case
 from twinmoe.oracle.verdict import Verdict
 from twinmoe.oracle.worker import RankContext
-from twinmoe.reference.placement import Placement
 from twinmoe.reference.router import TopKRouter
 
 CPU = torch.device("cpu")
@@ -51,12 +50,10 @@ def shares(line: str, rank: int = 0) -> list[Tensor]:
     """
     case = Case.parse(line)
     config, ranks = case.config, case.ep_size
-    placement = Placement(config.num_experts, ranks)
     with planted(case, RankContext(rank, ranks, None, CPU)):
-        own = weights_for(case, placement.experts_of(rank))
         if config.has_shared_expert:
-            InferenceSharedExpert(config, own)
-        experts = InferenceGroupedMLP(config, own, placement, rank, case.backend)
+            InferenceSharedExpert(config, weights_for(case))
+        experts = experts_of(case, rank)
         rows = bucket_for(max(case.tokens))
         out = torch.zeros(ranks * rows, config.hidden_size)
         written = []

@@ -6,9 +6,9 @@ import pytest
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.golden import Golden, GoldenError, Recorded, Target, compare, record
-from twinmoe.oracle.golden.compare import questions
 from twinmoe.oracle.golden.norm import declared
 from twinmoe.oracle.golden.record import NotEquivalentError
+from twinmoe.oracle.golden.target import questions
 from twinmoe.oracle.showing import judge_showings
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import ConfigError
@@ -27,7 +27,7 @@ def test_the_same_path_gives_the_same_bits(golden: Golden, trial: Trial) -> None
     comparison = compare(golden, trial)
     assert comparison.equivalent
     for compared in comparison.cases:
-        assert compared.figures == compared.recorded.figures
+        assert compared.figures == compared.question.recorded.figures
         assert compared.changed is not None
         assert set(compared.changed) == {"ids", "weights", "routed", "output"}
         assert all(changed == 0 and total > 0 for changed, total in compared.changed.values())
@@ -49,10 +49,10 @@ def test_other_ranks_share_the_same_tokens(golden: Golden, trial: Trial, ep_size
     """EP 2 recorded, EP 1 and 4 compared: the same truth, the path is another, nothing bitwise."""
     comparison = compare(golden, trial, Target(ep_size=ep_size))
     assert comparison.equivalent
-    assert [compared.ep_size for compared in comparison.cases] == [ep_size] * 2
+    assert [compared.question.ep_size for compared in comparison.cases] == [ep_size] * 2
     assert [compared.changed for compared in comparison.cases] == [None] * 2
     assert [c.figures.tokens for c in comparison.cases] == [
-        c.recorded.figures.tokens for c in comparison.cases
+        c.question.recorded.figures.tokens for c in comparison.cases
     ]
 
 
@@ -87,21 +87,21 @@ def test_a_fault_that_reaches_no_case_is_refused(golden: Golden) -> None:
     """A comparison asked to plant what its cases cannot show is no success."""
     only_alltoall = Golden(golden.cases[1:], golden.environment)
     with pytest.raises(ConfigError, match="reaches none of the 1 cases"):
-        list(questions(only_alltoall, Target(fault="swapped_segments")))
+        questions(only_alltoall, Target(fault="swapped_segments"))
 
 
 def test_ranks_that_cannot_share_the_experts_are_refused(golden: Golden) -> None:
     """Before anything runs: four experts cannot be shared by three ranks."""
     with pytest.raises(ConfigError, match=r"num_experts \(4\) must be divisible by ep_size \(3\)"):
-        list(questions(golden, Target(ep_size=3)))
+        questions(golden, Target(ep_size=3))
 
 
 def test_what_a_device_lacks_is_replaced(golden: Golden) -> None:
     """A recording over NCCL is compared over gloo on a CPU."""
     case = replace(golden.cases[0].case, transport="nccl")
     recorded = Recorded(case, golden.cases[0].forwards, golden.cases[0].figures)
-    ((_, asked, _),) = questions(Golden((recorded,), golden.environment), Target())
-    assert asked.transport == "gloo"
+    ((asked,), _) = questions(Golden((recorded,), golden.environment), Target())
+    assert asked.case.transport == "gloo"
 
 
 # --- a file that is no norm here ----------------------------------------------------------------

@@ -178,3 +178,30 @@ def test_the_norm_is_wide(golden: Golden) -> None:
             assert (forward.tensors["radius"] >= 0).all()
             assert set(forward.digests) == {"weights", "hidden"}
             assert forward.contract in ("p2p + grouped_mm", "alltoall + grouped_mm")
+
+
+def test_a_recording_that_cannot_be_written_leaves_nothing(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted or out of room while writing: neither the file nor a part of it is there."""
+
+    def half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        save(golden, tmp_path / "golden.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_somebody_elses_large_file_is_not_read_to_be_refused(tmp_path: Path) -> None:
+    """A model of 1 TiB by its header: only that is read."""
+    path = tmp_path / "model.safetensors"
+    shape = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+    path.write_bytes(with_header({"model.weight": shape}, b""))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + 2**40)
+    with pytest.raises(GoldenError, match="is no golden file: a safetensors file of 1 tensors"):
+        load(path)

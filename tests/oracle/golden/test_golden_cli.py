@@ -37,12 +37,12 @@ def test_record_then_compare(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     result = run("record", file, "--case", LINES[0])
     assert result.exit_code == cli.EQUIVALENT, result.output
-    assert f"recorded 1 cases into {file}" in result.stdout
+    assert f"recorded 1 case into {file}" in result.stdout
     result = run("compare", file)
     assert result.exit_code == cli.EQUIVALENT, result.output
     assert "ran: 1x EP 2 p2p + grouped_mm" in result.stdout
     assert "compared there" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("equivalent: 1 cases, worst ratio 0.")
+    assert result.stdout.splitlines()[-1].startswith("equivalent: 1 case, worst ratio 0.")
 
 
 def test_a_fault_exits_one_and_names_the_stage(run: Run, file: Path, tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ def test_a_fault_exits_one_and_names_the_stage(run: Run, file: Path, tmp_path: P
         "compare", file, "--ep", 1, "--fault", "swapped_gate_up", "--json", told, "--junit", suite
     )
     assert result.exit_code == cli.NOT_EQUIVALENT, result.output
-    assert result.stdout.splitlines()[-1] == ("NOT equivalent: 2 of 2 cases, at fault: experts")
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("NOT equivalent: 2 of 2 cases, at fault: experts")
     report = json.loads(told.read_text())
     assert report["equivalent"] is False
     assert [case["stage"] for case in report["cases"]] == ["experts", "experts"]
@@ -74,15 +75,23 @@ def test_a_worker_that_dies_is_an_error_of_its_case(run: Run, file: Path, tmp_pa
     assert len(root.findall("testcase")) == 2
 
 
+_CHOICES = ("different ways", "--suite", "--case", "--model")
 BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["compare", "/nowhere/x"], ("/nowhere/x", "cannot be read", "name a file")),
     (["record", "/nowhere/x"], ("/nowhere/x", "no folder", "create /nowhere")),
     (["record", "x", "--case", "what"], ("'what'", "not key=value")),
     (["record", "x", "--case", f"{LINES[0]},fault=zeros"], ("'zeros'", "no norm", "leave it out")),
-    (
-        ["record", "x", "--case", LINES[0], "--model", "mixtral-8x7b"],
-        ("mixtral-8x7b", "only --case", "--cases N"),
-    ),
+    (["record", "x", "--case", LINES[0], "--model", "mixtral-8x7b"], _CHOICES),
+    (["record", "x", "--suite", "quick", "--cases", "3"], _CHOICES),
+    (["record", "x", "--suite", "quick", "--case", LINES[0]], _CHOICES),
+    (["record", "x", "--suite", "quick", "--seed", "0"], _CHOICES),
+    (["record", "x", "--case", LINES[0], "--ep", "2"], ("--ep (2)", "its own ranks", "drop --ep")),
+    (["record", "x", "--scale", "2"], ("--scale (2)", "nothing to scale", "add --model")),
+    (["record", "x", "--suite", "quick", "--ep", "3"], ("num_experts (8)", "ep_size (3)")),
+    (["record", "x", "--suite", "slow"], ("'slow'", "'quick'", "--help")),
+    (["record", "."], ("(.)", "is a folder", "name a file")),
+    (["record", __file__, "--case", LINES[0]], (__file__, "exists", "remove it first")),
+    (["compare", "x", "--json", "."], ("(.)", "is a folder", "name a file")),
     (["record", "x", "--cases", "0"], ("0", "range", "--help")),
 ]
 

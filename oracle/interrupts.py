@@ -1,0 +1,78 @@
+"""Ctrl-C, once: heard wherever Python happens to stand, and not again while all is cleaned up."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+#: Cleaning up takes no longer; an interrupt in the middle of it would leave workers behind.
+_CLEANUP_S = 15.0
+#: A callback returns sooner.
+_SOON_S = 0.05
+
+
+@contextmanager
+def heard_once() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the body for the first Ctrl-C, and for none that follows soon.
+
+    Python runs the handler wherever it stands.  In a callback (of the garbage collector, of a
+    weak reference) the exception cannot spread: it would be printed and forgotten, and is
+    raised again a moment later.  A process that was started deaf to Ctrl-C, as shells start
+    background jobs, stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    heard_at = -_CLEANUP_S
+
+    def press(*_: object) -> None:
+        nonlocal heard_at
+        now = time.monotonic()
+        if now - heard_at >= _CLEANUP_S:
+            heard_at = now
+            raise KeyboardInterrupt
+
+    def lost(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _SOON_S)
+        else:
+            told(unraisable)
+
+    told, sys.unraisablehook = sys.unraisablehook, lost
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, press),
+        signal.SIGALRM: signal.signal(signal.SIGALRM, _again),
+    }
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let a Ctrl-C wait until the body is done; processes started in it never hear one."""
+    pressed: list[object] = []
+    listens = threading.current_thread() is threading.main_thread()
+    # Any thread may take the signal, and the main one then acts on it: a mask alone holds nothing.
+    handler = signal.getsignal(signal.SIGINT)
+    if listens and callable(handler):
+        signal.signal(signal.SIGINT, lambda *_: pressed.append(_))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if listens and callable(handler):
+            signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _again(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

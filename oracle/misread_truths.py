@@ -1,0 +1,158 @@
+"""Truths of layers with a mistake that no setting and no other weights could express.
+
+Each overrides the one step of :class:`~twinmoe.oracle.truth.Truth` that somebody got wrong.
+
+Legend: T tokens of all ranks, K experts per token, E experts, L experts of a rank, R ranks,
+H hidden_size.
+"""
+
+from abc import abstractmethod
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from twinmoe.oracle.contract import RoundingContract
+from twinmoe.oracle.envelope import E, Enclosure, Grade, product
+from twinmoe.oracle.routing import RoutingTruth, exact_groups
+from twinmoe.oracle.truth import Stages, Truth
+
+
+class BiasedWeights(Truth):
+    """Router weights taken from the biased scores."""
+
+    def routing(
+        self,
+        contract: RoundingContract,
+        grade: Grade = Grade.SHARP,
+        carry: type[Enclosure] = Enclosure,
+    ) -> RoutingTruth:
+        """Score with the bias."""
+        routing = super().routing(contract, grade, carry)
+        return replace(routing, score_TE=routing.selection_TE)
+
+
+class _SoftmaxOfScores(RoutingTruth):
+    """Weights by a softmax over the chosen scores, which were scores already."""
+
+    def weights(self, ids_TK: Tensor) -> Enclosure:
+        score = self.score_TE.value.gather(1, ids_TK)
+        error = self.score_TE.radius.gather(1, ids_TK).amax(dim=1, keepdim=True)
+        value = torch.softmax(score, dim=1)
+        unit = self.fmt.unit * (4 + ids_TK.shape[1])
+        factor = self.config.routed_scaling_factor
+        return Enclosure(value * factor, value * abs(factor) * (torch.expm1(2 * error) + unit))
+
+
+class SoftmaxTwice(Truth):
+    """Scores over all experts, then a softmax over the chosen scores."""
+
+    def routing(
+        self,
+        contract: RoundingContract,
+        grade: Grade = Grade.SHARP,
+        carry: type[Enclosure] = Enclosure,
+    ) -> RoutingTruth:
+        """Choose as ever; weigh by the softmax."""
+        right = super().routing(contract, grade, carry)
+        return _SoftmaxOfScores(
+            **{field.name: getattr(right, field.name) for field in fields(right)}
+        )
+
+
+class GroupsMaskedByZero(Truth):
+    """Experts of groups that are left out score 0, and so beat negative biased scores."""
+
+    def routing(
+        self,
+        contract: RoundingContract,
+        grade: Grade = Grade.SHARP,
+        carry: type[Enclosure] = Enclosure,
+    ) -> RoutingTruth:
+        """Choose among all experts, by scores of which some are 0."""
+        right = super().routing(contract, grade, carry)
+        kept_TE = exact_groups(self.config, right.selection_TE.value)
+        selection = right.selection_TE.only(kept_TE)
+        order = selection.value.sort(dim=-1, descending=True, stable=True).indices
+        return replace(
+            right,
+            config=replace(self.config, n_group=1, topk_group=1),
+            selection_TE=selection,
+            ids_TK=order[:, : self.config.num_experts_per_tok],
+        )
+
+
+class _OtherSlots(Truth):
+    """A layer that computes other slots than the router's: fewer, or somebody else's."""
+
+    @abstractmethod
+    def slots(self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Ids and weights that are computed where these were chosen; K may change."""
+
+    def stages(
+        self,
+        contract: RoundingContract,
+        ids_TK: Tensor,
+        weights_TK: E,
+        grade: Grade = Grade.SHARP,
+        expert_output_TKH: E | None = None,
+    ) -> Stages[E]:
+        """Carry the other slots through ``contract``."""
+        return super().stages(contract, *self.slots(contract, ids_TK, weights_TK), grade)
+
+
+class LastChoiceDropped(_OtherSlots):
+    """Of each token's K experts, the last choice is left out after the weights are made."""
+
+    def slots(self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Weight 0 for the lowest of the chosen selection scores."""
+        chosen = self.routing(contract).selection_TE.value.gather(1, ids_TK)
+        kept = torch.ones_like(ids_TK, dtype=torch.bool)
+        kept.scatter_(1, chosen.argmin(dim=1, keepdim=True), False)
+        return ids_TK, weights_TK.only(kept)
+
+
+class OwnExpertsOnly(_OtherSlots):
+    """Each rank returns what its own experts add; nobody sums over ranks."""
+
+    def slots(self, _contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Weight 0 for experts of another rank than the token's."""
+        return ids_TK, weights_TK.only(self.placement.owner(ids_TK) == self.rank_T[:, None])
+
+
+class _LocalIds(_OtherSlots):
+    """Every rank takes a slot for one of its own experts' by the wrong id, and all are summed."""
+
+    def everywhere(self, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Local ids [T, K] and weights as the slots [T, R * K] that all ranks compute."""
+        ranks, local = self.placement.ep_size, self.placement.num_local_experts
+        ids = torch.cat([ids_TK + rank * local for rank in range(ranks)], dim=1)
+        return ids, weights_TK[:, torch.arange(ids_TK.shape[1]).repeat(ranks)]
+
+
+class NoOffset(_LocalIds):
+    """Rank r takes global ids 0 .. L - 1 for its own experts, and skips the others."""
+
+    def slots(self, _contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Expert ``id`` of every rank, where there is one."""
+        local = ids_TK < self.placement.num_local_experts
+        return self.everywhere(torch.where(local, ids_TK, 0), weights_TK.only(local))
+
+
+class WrappedIds(_LocalIds):
+    """Every rank computes every slot, by id modulo L."""
+
+    def slots(self, _contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Expert ``id % L`` of every rank."""
+        return self.everywhere(self.placement.local_id(ids_TK), weights_TK)
+
+
+class SharedScaled(Truth):
+    """The shared expert, times routed_scaling_factor."""
+
+    def _shared(self, contract: RoundingContract, carry: type[E], grade: Grade) -> E | None:
+        shared_TH = super()._shared(contract, carry, grade)
+        if shared_TH is None:
+            return None
+        factor = carry.exact(torch.tensor([[self.config.routed_scaling_factor]]))
+        return product(shared_TH, factor, contract.accumulator)

@@ -1,0 +1,73 @@
+"""A layer in plain torch that stores exactly the tensors that it is told to store.
+
+Written without the project's own arithmetic: what a person might write, with each rounding a
+choice.
+
+Legend: T tokens, K experts per token, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from twinmoe.oracle.contract import Ties, storage_contract
+from twinmoe.oracle.plain_layer import PlainLayer
+from twinmoe.oracle.worker import RankContext
+from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.weights import MoEWeights
+
+#: What the storage contract stores, and what it keeps, by the points' names.
+STORED = ("gate_up", "activation", "expert_output")
+KEPT = ("logits", "router_weights", "gate", "terms", "combine")
+
+
+def answer(
+    config: MoEConfig, weights: MoEWeights, hidden_TH: Tensor, stored: Collection[str]
+) -> Tensor:
+    """Run the layer; tensors not in ``stored`` stay in fp32."""
+
+    def kept(point: str, tensor: Tensor) -> Tensor:
+        return tensor.to(config.dtype).float() if point in stored else tensor
+
+    x_TH = hidden_TH.float()
+    scores = kept("logits", x_TH @ weights.router_EH.float().T).softmax(dim=-1)
+    top_TK, ids_TK = scores.topk(config.num_experts_per_tok)
+    top_TK = kept("router_weights", top_TK / top_TK.sum(dim=-1, keepdim=True))
+    out_TH = torch.zeros(hidden_TH.shape)
+    for expert in range(config.num_experts):
+        token, slot = (ids_TK == expert).nonzero(as_tuple=True)
+        gate, up = kept("gate_up", x_TH[token] @ weights.w13_LFH[expert].float().T).chunk(2, -1)
+        h = kept("activation", kept("gate", silu(gate)) * up)
+        y = kept("expert_output", h @ weights.w2_LHI[expert].float().T)
+        term = kept("terms", top_TK[token, slot, None] * y)
+        out_TH[token] = kept("combine", out_TH[token] + term)
+    if weights.shared_w13_FH is not None and weights.shared_w2_HI is not None:
+        gate, up = kept("shared_gate_up", x_TH @ weights.shared_w13_FH.float().T).chunk(2, -1)
+        h = kept("activation", kept("gate", silu(gate)) * up)
+        y = kept("shared_output", h @ weights.shared_w2_HI.float().T)
+        out_TH = kept("reduced", out_TH) + y
+    return out_TH.to(config.dtype)
+
+
+def _storing(config: MoEConfig, weights: MoEWeights, points: tuple[str, ...]) -> PlainLayer:
+    """A layer that stores, or keeps, these points unlike the contract that it declares."""
+    stored = {*STORED} ^ {*points}
+    contract = replace(storage_contract("undeclared", config.dtype), ties=Ties.ANY)
+    return PlainLayer(lambda hidden_TH: answer(config, weights, hidden_TH, stored), contract)
+
+
+def two_roundings(config: MoEConfig, weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """Logits stored in the model's dtype though weights are not; gate and up kept in fp32."""
+    return _storing(config, weights, ("logits", "gate_up"))
+
+
+def mixtral_as_in_transformers(
+    config: MoEConfig, weights: MoEWeights, _place: RankContext
+) -> PlainLayer:
+    """Everything that eager bf16 code stores."""
+    return _storing(config, weights, ("logits", "router_weights", "gate", "terms", "combine"))
