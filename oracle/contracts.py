@@ -10,7 +10,7 @@ import torch
 
 from twinmoe.optimized.experts import BACKENDS
 from twinmoe.oracle.contract import RoundingContract, Wire, storage_contract
-from twinmoe.oracle.rounding import CPU_BF16, FORMATS, HOPPER_FP16
+from twinmoe.oracle.rounding import CPU_BF16, FORMATS, FP32, HOPPER_FP16
 from twinmoe.reference.config import MoEConfig
 
 #: How each tier sums the ranks' shares.  The all-gather is a copy on every tier.
@@ -20,6 +20,9 @@ WIRE_OF_TIER = {
     "gloo": Wire.PER_HOP,
     "nccl": Wire.PER_HOP,
 }
+
+#: What hardware makes of fp32 accumulation, by type of device and dtype of the operands.
+_ACCUMULATORS = {("cuda", torch.float16): HOPPER_FP16, ("cpu", torch.bfloat16): CPU_BF16}
 
 
 def reference_contract(config: MoEConfig) -> RoundingContract:
@@ -56,6 +59,16 @@ def graphed_contract(
     return _on(device_type, config, backend, _with_experts(wired, backend))
 
 
+def on_device(contract: RoundingContract, dtype: torch.dtype, device_type: str) -> RoundingContract:
+    """``contract`` with what fp32 accumulation is in GEMMs over ``dtype`` there.
+
+    That is the hardware's affair, not the layer's.  Another accumulator stays.
+    """
+    if contract.accumulator != FP32:
+        return contract
+    return replace(contract, accumulator=_ACCUMULATORS.get((device_type, dtype), FP32))
+
+
 def own_contracts(dtype: torch.dtype, device_type: str = "cpu") -> list[RoundingContract]:
     """Every contract of this project's paths for one model dtype, the reference's first."""
     config = MoEConfig(
@@ -82,11 +95,8 @@ def _on(
 
     On a CPU grouped_mm multiplies bf16 as it is stored, the triton backend in fp32.
     """
-    if device_type == "cuda" and config.dtype is torch.float16:
-        return replace(contract, accumulator=HOPPER_FP16)
-    if (device_type, backend, config.dtype) == ("cpu", "grouped_mm", torch.bfloat16):
-        return replace(contract, accumulator=CPU_BF16)
-    return contract
+    in_fp32 = device_type == "cpu" and backend != "grouped_mm"
+    return contract if in_fp32 else on_device(contract, config.dtype, device_type)
 
 
 def _with_experts(contract: RoundingContract, backend: str) -> RoundingContract:

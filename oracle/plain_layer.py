@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract
+from twinmoe.oracle.contracts import on_device
 from twinmoe.oracle.observation import PLAIN_PATH, RankObservation, Taps
 from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.scenario import Scenario
@@ -76,12 +77,13 @@ class PlainSubject:
         self._experts_per_token = scenario.config.num_experts_per_tok
         size = len(scenario.hidden())
         place = replace(context, world_size=size, group=context.group if size > 1 else None)
+        self._dtype, self._device_type = scenario.config.dtype, context.device.type
         self._layer = factory(scenario.config, weights, place)
         require_layer(name, self._layer)
 
     def contract(self, _call: Call) -> RoundingContract:
-        """One contract, whatever the call asks for: there is one path."""
-        return self._layer.contract
+        """The layer's own, as this device computes; whatever the call, there is one path."""
+        return on_device(self._layer.contract, self._dtype, self._device_type)
 
     def required(self, _call: Call) -> frozenset[str]:
         """No launch of ours."""

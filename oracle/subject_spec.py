@@ -6,7 +6,7 @@ A name travels to the workers, and each of them imports it for itself.
 import importlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from twinmoe.oracle.case import Case
 from twinmoe.oracle.layer_space import fitted, narrow_of
 from twinmoe.oracle.plain_layer import LayerFactory, PlainSubject
 from twinmoe.oracle.subject import SUBJECTS, SubjectFactory
+from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import ConfigError
 
 _FORM = "write package.module:factory or path/to/file.py:factory"
@@ -53,6 +54,12 @@ def subject_factory(name: str) -> SubjectFactory:
     if name in SUBJECTS:
         return SUBJECTS[name]
     return partial(PlainSubject, name, load_factory(name))
+
+
+def load_layers(_context: RankContext, names: Sequence[str]) -> None:
+    """Import all that ``names`` stand for on this rank, so that no forward has to."""
+    for name in names:
+        subject_factory(name)
 
 
 def load_factory(name: str) -> LayerFactory:

@@ -15,6 +15,7 @@ import torch
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract, Ties, Wire, storage_contract
+from twinmoe.oracle.contracts import on_device
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.judgement import judge
@@ -34,7 +35,7 @@ from twinmoe.oracle.plain_layer import PlainLayer, PlainSubject
 from twinmoe.oracle.rounding import FP32
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.subject import Call
-from twinmoe.oracle.subject_spec import PlainName, load_factory
+from twinmoe.oracle.subject_spec import PlainName, load_factory, load_layers
 from twinmoe.oracle.torchrun import open_world
 from twinmoe.oracle.verdict import Verdict
 from twinmoe.oracle.worker import RankContext
@@ -154,19 +155,20 @@ def suggest_contract(
     """
     ranks, config = cases[0].ep_size, cases[0].config
     shown: list[Shown] = []
-    with open_world(ranks, device, timeout_s) as world:
+    opening = load_layers, ((subject.text,),)
+    with open_world(ranks, device, timeout_s, opening) as world:
         for case in cases:
             seen = world.run(answers_of, case, subject.text)
             scenario = Scenario(case)
             truth = RememberingTruth(scenario.config, scenario.weights(), scenario.hidden())
             shown.append((Sample(truth, Evidence.of(seen, truth)), seen))
             advance()
-    return _nearest(shown, config, ranks)
+    return _nearest(shown, config, ranks, device)
 
 
-def _nearest(shown: Sequence[Shown], config: MoEConfig, ranks: int) -> Suggestion:
+def _nearest(shown: Sequence[Shown], config: MoEConfig, ranks: int, device: str) -> Suggestion:
     """Search by the cases in which most points matter; judge by all of them."""
-    first = first_contract(config.dtype, ranks)
+    first = on_device(first_contract(config.dtype, ranks), config.dtype, device)
     moves = [moves_from(first, sample.truth.config, ranks) for sample, _ in shown]
     telling = sorted(zip(moves, shown, strict=True), key=lambda pair: -len(pair[0]))[:_SEARCHED]
     every = dict.fromkeys(move for some, _ in telling for move in some)

@@ -23,7 +23,7 @@ from twinmoe.oracle import wire
 from twinmoe.oracle.breadcrumbs import Footprint, Recorder, Trail
 from twinmoe.oracle.failures import Raised, WorkerError, is_secondary, tell
 from twinmoe.oracle.worker import RankContext
-from twinmoe.oracle.world import World
+from twinmoe.oracle.world import Task, World
 from twinmoe.reference.config import ConfigError
 
 T = TypeVar("T")
@@ -45,9 +45,14 @@ def largest_world() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if launched() else None
 
 
-def open_world(size: int, device: str, timeout_s: float) -> "World | TorchrunWorld":
-    """Return a world of ``size`` ranks: torchrun's processes if there are any, else new ones."""
-    return TorchrunWorld(size, device) if launched() else World(size, device, timeout_s)
+def open_world(
+    size: int, device: str, timeout_s: float, opening: Task | None = None
+) -> "World | TorchrunWorld":
+    """Return a world of ``size`` ranks: torchrun's processes if there are any, else new ones.
+
+    ``timeout_s`` and ``opening`` are for new ones: nobody watches torchrun's from here.
+    """
+    return TorchrunWorld(size, device) if launched() else World(size, device, timeout_s, opening)
 
 
 @dataclass(frozen=True)

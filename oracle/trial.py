@@ -20,7 +20,7 @@ from twinmoe.oracle.scenario import Change
 from twinmoe.oracle.session import Session
 from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.subject import SUBJECTS
-from twinmoe.oracle.subject_spec import subject_factory
+from twinmoe.oracle.subject_spec import load_layers, subject_factory
 from twinmoe.oracle.torchrun import TorchrunWorld, open_world
 from twinmoe.oracle.verdict import Finding, Verdict, earlier
 from twinmoe.oracle.worker import RankContext
@@ -193,5 +193,6 @@ class Trial:
 
     def _world(self, ep_size: int) -> World | TorchrunWorld:
         if ep_size not in self._worlds:
-            self._worlds[ep_size] = open_world(ep_size, self._device, self._timeout_s)
+            opening = load_layers, (self._subjects,)
+            self._worlds[ep_size] = open_world(ep_size, self._device, self._timeout_s, opening)
         return self._worlds[ep_size]

@@ -28,6 +28,9 @@ from twinmoe.oracle.failures import (
 
 T = TypeVar("T")
 
+#: A function of the rank's context, importable at module level, and its further arguments.
+Task = tuple[Callable[..., object], tuple[Any, ...]]
+
 #: Least time without progress that counts as a hang while workers import and join.
 _START_S = 120.0
 #: How long the other ranks may still answer after one of them failed.
@@ -41,10 +44,17 @@ class World:
 
     ``device`` is ``"cpu"`` (gloo) or ``"cuda"`` (gloo and nccl, rank r on device r).
     A task hangs when for ``timeout_s`` seconds no rank starts an operation or answers.
-    Workers start with the first task, and again with the first task after a failure.
+    Workers start with the first task, and again with the first task after a failure; what they
+    have to import is best done by ``opening``, which has the patience of a start.
     """
 
-    def __init__(self, size: int, device: str = "cpu", timeout_s: float = 15.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        device: str = "cpu",
+        timeout_s: float = 15.0,
+        opening: Task | None = None,
+    ) -> None:
         if size < 1:
             raise ValueError(f"size ({size}) must be positive: a world has at least one rank")
         if timeout_s <= 0:
@@ -54,6 +64,7 @@ class World:
         self.timeout_s = timeout_s
         #: Seconds that each start of the workers took, the first one's fork server included.
         self.spawn_seconds: list[float] = []
+        self._opening = opening
         self._crew: Crew | None = None
 
     @property
@@ -99,7 +110,10 @@ class World:
             warnings.warn(f"{name_ranks(gone)} died between two tasks; respawning", stacklevel=3)
         start = time.monotonic()
         self._crew = Crew(self.size, self.device)
-        self._answers(self._crew, max(_START_S, self.timeout_s))
+        patience_s = max(_START_S, self.timeout_s)
+        self._answers(self._crew, patience_s)
+        if self._opening is not None:
+            self._answers(self._crew, patience_s, wire.dump_task(self._opening))
         self.spawn_seconds.append(time.monotonic() - start)
         return self._crew
 

@@ -18,10 +18,20 @@ from twinmoe.oracle import RankObservation, RoundingContract, Truth, Wire, judge
 from twinmoe.oracle.contracts import (
     eager_contract,
     graphed_contract,
+    on_device,
     own_contracts,
     reference_contract,
 )
-from twinmoe.oracle.rounding import BF16, FORMATS, FP16, FP32, FP64
+from twinmoe.oracle.rounding import (
+    BF16,
+    CPU_BF16,
+    FORMATS,
+    FP16,
+    FP32,
+    FP64,
+    HOPPER_FP16,
+    TENSOR_CORE,
+)
 from twinmoe.reference.config import MoEConfig, dtype_name
 from twinmoe.reference.experts import ACTIVATIONS
 from twinmoe.reference.router import TopKRouter
@@ -206,3 +216,13 @@ def test_a_dtype_is_no_format() -> None:
     contract = reference_contract(layer(torch.bfloat16)[0])
     with pytest.raises(TypeError, match=r"logits \(torch.bfloat16\) is a dtype.*FORMATS\["):
         replace(contract, logits=torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_fp32_accumulation_is_the_devices_affair() -> None:
+    """Hardware that adds otherwise is declared for it; what a layer declares itself stays."""
+    plain = storage_contract("mine", torch.bfloat16)
+    assert on_device(plain, torch.bfloat16, "cpu").accumulator == CPU_BF16
+    assert on_device(plain, torch.float16, "cuda").accumulator == HOPPER_FP16
+    assert on_device(plain, torch.float32, "cpu") == plain
+    blocked = replace(plain, accumulator=TENSOR_CORE)
+    assert on_device(blocked, torch.bfloat16, "cpu") == blocked

@@ -94,3 +94,11 @@ def test_slow_progress_is_no_hang() -> None:
         assert world.run(_slow, 2 * PATIENCE_S, 10) == [0, 1]
         with pytest.raises(WorkerHang):
             world.run(_slow, 2 * PATIENCE_S, 1)
+
+
+def test_imports_have_the_patience_of_a_start() -> None:
+    """What workers do when they start may take longer than a task may stand still."""
+    with World(1, timeout_s=0.3, opening=(_sleep, (1.5,))) as world:
+        assert world.run(_sum_of_ranks) == [(0, 1, 0.0)]
+        with pytest.raises(WorkerHang):
+            world.run(_sleep, 30.0)
