@@ -30,6 +30,21 @@ class Wire(Enum):
     PER_HOP = "per hop"
 
 
+class Order(Enum):
+    """In which order a stored running sum meets a token's terms.
+
+    ========= ===========================================================================
+    EXPERT_ID as loops over experts add them
+    SLOT      the best expert's first, as loops over k do
+    ANY       as atomic additions and parallel reductions do
+    ========= ===========================================================================
+    """
+
+    EXPERT_ID = "expert id"
+    SLOT = "slot"
+    ANY = "any order"
+
+
 class Ties(Enum):
     """Which expert is taken where two scores are exactly equal."""
 
@@ -46,9 +61,9 @@ class RoundingContract:
     is the format of ``weight * hidden`` where the router weight is applied to the input,
     ``terms`` that of ``weight * expert_output`` otherwise, ``gate`` that of the activated gate
     before it meets up.  GEMMs accumulate in ``accumulator``, in any order.  ``combine`` is the
-    format of the running sum of a token's terms, in the order of expert ids, as loops over
-    experts make it; None sums them in the accumulator, in any order.  ``partial`` is the
-    payload of the cross-rank sum, ``reduced`` the format of its result.
+    format of the running sum of a token's terms, which are added in ``combine_order``; None
+    sums them in the accumulator, in any order.  ``partial`` is the payload of the cross-rank
+    sum, ``reduced`` the format of its result.
 
     Raises TypeError for a ``torch.dtype``: a format also says how it rounds and overflows.
     """
@@ -68,6 +83,7 @@ class RoundingContract:
     expert_output: Format | None
     terms: Format | None = None
     combine: Format | None = None
+    combine_order: Order = Order.EXPERT_ID
     partial: Format | None
     wire: Wire
     reduced: Format | None
@@ -86,8 +102,9 @@ class RoundingContract:
 
     @property
     def deterministic(self) -> bool:
-        """Whether equal calls give equal bits: a sum over ranks must have a declared order."""
-        return self.wire in (Wire.NONE, Wire.RANK_ORDER)
+        """Whether equal calls give equal bits: sums that are stored must have a declared order."""
+        in_order = self.combine is None or self.combine_order is not Order.ANY
+        return in_order and self.wire in (Wire.NONE, Wire.RANK_ORDER)
 
     def rows(self) -> list[tuple[str, str]]:
         """(point, format) pairs in the order of the data flow, for a table."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from twinmoe.oracle.comparison import compare
-from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Wire
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.rounding import FORMATS, FP32
@@ -118,6 +118,10 @@ def moves_from(first: RoundingContract, config: MoEConfig, ranks: int) -> list[M
         stored = getattr(first, point) in (None, first.accumulator)
         how = "stored in the model's dtype" if stored else "kept in the accumulator's format"
         moves.append(Move(((point, model if stored else wide),), f"{_TENSORS[point]} are {how}"))
+    if config.num_experts_per_tok > 2:  # of two terms each is the first as well as the second
+        # Not in any order: what allows more explains more, whatever the layer does.
+        says = f"{_TENSORS['combine']}, best expert first, are stored in the model's dtype"
+        moves.append(Move((("combine", model), ("combine_order", Order.SLOT)), says))
     return [move for move in moves if _changes(first, move)] + _wires(first, config, ranks)
 
 

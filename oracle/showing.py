@@ -15,7 +15,7 @@ from twinmoe.oracle import resources
 from twinmoe.oracle.agreement import collective_mismatches, missing_exchanges
 from twinmoe.oracle.breadcrumbs import Issued
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Wire
 from twinmoe.oracle.evidence import MisshapenError
 from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.observation import PLAIN_PATH, RankObservation
@@ -153,7 +153,6 @@ def _outside(rows_TH: Tensor, truth: Truth, contract: RoundingContract) -> list[
 
 
 def _in_any_order(contract: RoundingContract) -> RoundingContract:
-    """The contract without its promise on the order of ranks, which a change may alter."""
-    if contract.wire is Wire.RANK_ORDER:
-        return replace(contract, wire=Wire.ANY_ORDER)
-    return contract
+    """The contract without its promises on order, of ranks or of experts: a change may alter it."""
+    wire = Wire.ANY_ORDER if contract.wire is Wire.RANK_ORDER else contract.wire
+    return replace(contract, wire=wire, combine_order=Order.ANY)

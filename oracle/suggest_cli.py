@@ -112,7 +112,7 @@ def _nearest(suggestion: Suggestion) -> str:
 def _paste(suggestion: Suggestion, fit: Fit) -> list[str]:
     """Lines for a factory, with the imports that they need."""
     code = suggestion.code(fit)
-    uses = [name for name in ("Ties", "Wire") if f"{name}." in code]
+    uses = [name for name in ("Order", "Ties", "Wire") if f"{name}." in code]
     lines = [
         "from dataclasses import replace",
         f"from twinmoe.oracle.contract import {', '.join([*uses, 'storage_contract'])}",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle.activation import activate, clamp
-from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Wire
 from twinmoe.oracle.envelope import E, Enclosure, Grade, Index, matmul, product, rounded, total
 from twinmoe.oracle.quantise import quantised
 from twinmoe.oracle.rounding import Format
@@ -265,10 +265,17 @@ def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
     """The sum [T, H] of a token's terms: see ``RoundingContract.combine``."""
     if contract.combine is None:
         return total(terms_TKH, 1, contract.accumulator)
+    if contract.combine_order is Order.ANY:
+        result = total(terms_TKH, 1, contract.accumulator)
+        exact = 1 if contract.terms == contract.combine else 0  # a stored term stays as it is
+        error_TH = _running(terms_TKH, 1, contract.combine, exact)
+        result = type(result)(result.value, result.join(result.radius, error_TH))
+        return rounded(result, contract.combine)
     token_T1 = torch.arange(len(ids_TK))[:, None]
-    first, *rest = (
-        terms_TKH[token_T1, slot_T1][:, 0] for slot_T1 in ids_TK.argsort(dim=1).split(1, dim=1)
-    )
+    order_TK = torch.arange(ids_TK.shape[1]).expand(ids_TK.shape)
+    if contract.combine_order is Order.EXPERT_ID:
+        order_TK = ids_TK.argsort(dim=1)
+    first, *rest = (terms_TKH[token_T1, slot_T1][:, 0] for slot_T1 in order_TK.split(1, dim=1))
     first = rounded(first, contract.combine)  # the sum's buffer holds it from the first term on
     for term in rest:
         pair = type(terms_TKH).stack([first, term])
@@ -286,22 +293,24 @@ def across_ranks(contract: RoundingContract, partials_RTH: E) -> E:
     result = total(partials_RTH, 0, contract.accumulator)
     hop = contract.reduced or contract.partial
     if contract.wire is Wire.PER_HOP and hop is not None:
-        result = type(result)(result.value, result.join(result.radius, _hops(partials_RTH, hop)))
+        error_TH = _running(partials_RTH, 0, hop, 1)
+        result = type(result)(result.value, result.join(result.radius, error_TH))
     return rounded(result, contract.reduced)
 
 
-def _hops(shares_RTH: Enclosure, hop: Format) -> Tensor:
-    """What rounding every sum but the last may add, whichever shares meet first: [T, H].
+def _running(shares: Enclosure, dim: int, stored: Format, exact: int) -> Tensor:
+    """What storing every running sum along ``dim`` but the last may add, in any order: [T, H].
 
-    The largest |sum| of j shares is that of the j largest of one sign.
+    The largest |sum| of j shares is that of the j largest of one sign.  Sums of ``exact`` shares
+    and fewer change nothing by being stored.
     """
-    error_RTH = shares_RTH.error()
-    ends = (shares_RTH.value + error_RTH, error_RTH - shares_RTH.value)
+    value, error = shares.value.movedim(dim, 0), shares.error().movedim(dim, 0)
+    ends = (value + error, error - value)
     sizes = [end.clamp(min=0).sort(dim=0, descending=True).values.cumsum(dim=0) for end in ends]
-    met = torch.arange(1, len(error_RTH) + 1)[:, None, None]
-    stored = (met > 1) & (met < (shares_RTH.magnitude() > 0).sum(dim=0))
-    added = torch.where(stored, hop.unit * torch.maximum(*sizes) + hop.underflow, 0.0)
-    return added.sum(dim=0) / (1 - len(error_RTH) * hop.unit)
+    met = torch.arange(1, len(value) + 1)[:, None, None]
+    rounds = (met > exact) & (met < (shares.magnitude() > 0).sum(dim=dim))
+    added = torch.where(rounds, stored.unit * torch.maximum(*sizes) + stored.underflow, 0.0)
+    return added.sum(dim=0) / (1 - len(value) * stored.unit)
 
 
 def rank_order_sum(shares_RTH: Tensor) -> Tensor:

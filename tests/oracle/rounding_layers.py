@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from twinmoe.oracle.contract import Ties, storage_contract
 from twinmoe.oracle.plain_layer import PlainLayer
+from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
@@ -71,3 +72,12 @@ def mixtral_as_in_transformers(
 ) -> PlainLayer:
     """Everything that eager bf16 code stores."""
     return _storing(config, weights, ("logits", "router_weights", "gate", "terms", "combine"))
+
+
+def summed_in_place(config: MoEConfig, weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A loop over experts that adds to a tensor of the model's dtype, and declares so."""
+    narrow = FORMATS[config.dtype]
+    stored = storage_contract("summed in place", config.dtype)
+    contract = replace(stored, ties=Ties.ANY, terms=narrow, combine=narrow)
+    points = (*STORED, "terms", "combine")
+    return PlainLayer(lambda hidden_TH: answer(config, weights, hidden_TH, points), contract)

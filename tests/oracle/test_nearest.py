@@ -10,7 +10,7 @@ import torch
 
 from tests.oracle.rounding_layers import KEPT, STORED, answer
 from twinmoe.oracle import RankObservation, storage_contract
-from twinmoe.oracle.contract import RoundingContract, Ties, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Ties, Wire
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.nearest import Moves, Sample, Search, as_code, made, moves_from
@@ -123,4 +123,6 @@ def test_the_code_makes_the_contract() -> None:
     for move in moves_from(contract, config, 2):
         code = f"replace(contract, {as_code([move], config, 'FORMATS[config.dtype]')})"
         names = {"replace": replace, "contract": contract, "FORMATS": FORMATS, "config": config}
-        assert eval(code, names | {"Wire": Wire, "FP32": FP32}) == made(contract, [move])
+        assert eval(code, names | {"Order": Order, "Wire": Wire, "FP32": FP32}) == made(
+            contract, [move]
+        )

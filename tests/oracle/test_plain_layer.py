@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.oracle import plain_layers
+from tests.oracle import plain_layers, rounding_layers
 from twinmoe.oracle import cli
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerError
@@ -158,6 +158,15 @@ def test_a_right_layer_passes_every_corner(ep_size: int, judged: Callable[[str],
     for corner in CORNERS.values():
         outcome = judged("right").run(name.fit(corner(cell)))
         assert outcome.equivalent, outcome.explain()
+
+
+@pytest.mark.parametrize("values", ["normal", "recorded"])
+def test_other_ids_may_order_a_stored_sum_otherwise(values: str) -> None:
+    """Experts that change places are added in another order: no mistake of such a layer."""
+    case = f"T=9,H=96,I=16,E=6,k=3,dtype=bf16,transport=alltoall,values={values}"
+    with Trial("cpu", 15.0, (f"{rounding_layers.__file__}:summed_in_place",)) as trial:
+        outcome = trial.run(Case.parse(f"{case},relation=relabelled_experts"))
+    assert outcome.equivalent, outcome.explain()
 
 
 def test_a_wrong_layer_is_named_with_its_mistake(judged: Callable[[str], Trial]) -> None:

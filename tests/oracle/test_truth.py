@@ -17,11 +17,13 @@ from tests.reference.inputs import tokens
 from twinmoe.oracle import Grade, RankObservation, Truth, Wire, judge
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.comparison import compare
+from twinmoe.oracle.contract import Order
 from twinmoe.oracle.contracts import graphed_contract, reference_contract
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.inputs import hidden_for, weights_for
+from twinmoe.oracle.rounding import BF16
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES, Cell, cases
-from twinmoe.oracle.truth import across_ranks
+from twinmoe.oracle.truth import across_ranks, over_slots
 from twinmoe.reference.config import MoEConfig, dtype_name
 from twinmoe.reference.weights import MoEWeights
 
@@ -203,6 +205,53 @@ def test_some_tokens_have_the_truth_of_all():
     )
     torch.testing.assert_close(part.sum_TH.value, whole.sum_TH.value[[1, 5]])
     torch.testing.assert_close(part.sum_TH.radius, whole.sum_TH.radius[[1, 5]])
+
+
+# --- running sums of a token's terms ----------------------------------------------------------
+
+
+def running_sum(terms_TKH: torch.Tensor, order_TK: torch.Tensor) -> torch.Tensor:
+    """Add each token's terms in its order, in a bf16 buffer that begins with zeros."""
+    token_T = torch.arange(len(terms_TKH))
+    sum_TH = torch.zeros_like(terms_TKH[:, 0], dtype=torch.bfloat16)
+    for slot_T in order_TK.unbind(1):
+        sum_TH = (sum_TH.float() + terms_TKH[token_T, slot_T].float()).bfloat16()
+    return sum_TH
+
+
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 8), stored=st.booleans())
+def test_a_stored_running_sum_is_allowed_in_its_order_and_in_no_other(seed, slots, stored):
+    """By expert ids, by slots, or in any order, whether or not the terms are stored before."""
+    g = torch.Generator().manual_seed(seed)
+    ids_TK = torch.stack([torch.randperm(12, generator=g)[:slots] for _ in range(6)])
+    terms_TKH = torch.randn(6, slots, 16, generator=g)
+    model = BF16 if stored else None
+    if stored:
+        terms_TKH = terms_TKH.bfloat16().float()
+    contract = replace(reference_contract(layer()[0]), terms=model, combine=BF16)
+    by_slot_TK = torch.arange(slots).expand(6, slots)
+    orders = {Order.EXPERT_ID: ids_TK.argsort(dim=1), Order.SLOT: by_slot_TK}
+    for declared, order_TK in orders.items():
+        ordered = replace(contract, combine_order=declared)
+        allowed = over_slots(ordered, ids_TK, Enclosure.exact(terms_TKH))
+        assert not compare(running_sum(terms_TKH, order_TK), allowed).outside.any()
+    allowed = over_slots(
+        replace(contract, combine_order=Order.ANY), ids_TK, Enclosure.exact(terms_TKH)
+    )
+    for _ in range(4):
+        order_TK = torch.stack([torch.randperm(slots, generator=g) for _ in range(6)])
+        assert not compare(running_sum(terms_TKH, order_TK), allowed).outside.any()
+
+
+def test_another_order_of_a_stored_sum_is_seen():
+    """A sum that begins with the best expert does not pass for one by expert ids."""
+    g = torch.Generator().manual_seed(0)
+    ids_TK = torch.arange(6).flip(0).expand(8, 6)
+    terms_TKH = torch.randn(8, 6, 64, generator=g)
+    contract = replace(reference_contract(layer()[0]), combine=BF16)
+    by_slot = running_sum(terms_TKH, torch.arange(6).expand(8, 6))
+    allowed = over_slots(contract, ids_TK, Enclosure.exact(terms_TKH))
+    assert compare(by_slot, allowed).outside.double().mean() > 0.05
 
 
 # --- wires -----------------------------------------------------------------------------------
