@@ -107,9 +107,14 @@ class RoundingContract:
         return in_order and self.wire in (Wire.NONE, Wire.RANK_ORDER)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(point, format) pairs in the order of the data flow, for a table."""
+        """(point, format) pairs in the order of the data flow, for a table.
+
+        The order of a sum that is not stored says nothing, and is left out.
+        """
         shown = []
         for field in fields(self)[1:]:
+            if field.name == "combine_order" and self.combine is None:
+                continue
             shown.append((field.name.replace("_", " "), _show(getattr(self, field.name))))
         return shown
 
