@@ -17,6 +17,7 @@ from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.seeded import SeededWeights
 from twinmoe.oracle.truth import Truth
 from twinmoe.oracle.verdict import Verdict
+from twinmoe.reference import draws
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.experts import mlp
 from twinmoe.reference.published import published
@@ -68,8 +69,7 @@ def measure_costs(seed: int = 0, advance: Callable[[], None] = lambda: None) -> 
     """Judge the reference's arithmetic on bf16 at each of ``SIZES``; a minute or two in all."""
     for size, config in SIZES.items():
         weights = _TimedWeights(config, seed)
-        generator = torch.Generator().manual_seed(seed)
-        x_TH = torch.randn(TOKENS, config.hidden_size, generator=generator).to(config.dtype)
+        x_TH = draws.normal((TOKENS, config.hidden_size), config.dtype, seed, "hidden")
         observed = _reference(config, weights, x_TH)
         weights.seconds, started = 0.0, time.perf_counter()
         verdict = judge([observed], Truth(config, weights, [x_TH]), reference_contract(config))

@@ -1,4 +1,4 @@
-"""From a Case to its tensors: the same in every process, and on every CPU with AVX2 or more.
+"""From a Case to its tensors: the same in every process and on every machine.
 
 Values are drawn so that mix-ups show: ranks have different scales, experts different
 magnitudes, gate and up different ranges (``MoEWeights.random``).
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.recording import recorded_hidden_states
+from twinmoe.reference import draws
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.weights import MoEWeights
 
@@ -79,12 +80,11 @@ def _values(case: Case, tokens: int, seed: int) -> Tensor:
     hidden = case.config.hidden_size
     if case.values == "recorded":
         return recorded_hidden_states(tokens, hidden, seed).float()
-    generator = _generator(seed)
-    x_TH = torch.randn(tokens, hidden, generator=generator)
+    x_TH = draws.normal((tokens, hidden), torch.float32, seed, "hidden")
     if case.values == "positive":
         return x_TH.abs()
     if case.values == "outlier":
-        channels = torch.randperm(hidden, generator=generator)[: max(1, hidden // 64)]
+        channels = torch.randperm(hidden, generator=_generator(seed))[: max(1, hidden // 64)]
         x_TH[:, channels] *= 30.0
     return x_TH
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from twinmoe.reference import draws
 from twinmoe.reference.config import MoEConfig
 
 #: Standard deviations of router logits, gate (or the only projection of a plain expert) and up,
@@ -22,7 +23,7 @@ UP_SCALE = 2.0
 def random_tensors(config: MoEConfig, seed: int, experts: range) -> dict[str, torch.Tensor]:
     """Draw the weights of ``experts`` and of the replicated parts, on the CPU.
 
-    Every expert has a generator of its own, seeded by (seed, tensor, expert id): an expert's
+    Every expert has a stream of its own, keyed by (seed, tensor, expert id): an expert's
     weights do not depend on which other experts are drawn with it.  Outputs are O(1) for inputs
     of unit variance, and each expert has its own magnitude, so that exchanged experts or ranks
     show even in a norm.
@@ -31,8 +32,7 @@ def random_tensors(config: MoEConfig, seed: int, experts: range) -> dict[str, to
     fan_in = 1 / math.sqrt(H)
 
     def normal(shape: Sequence[int], scale: float, *key: object) -> torch.Tensor:
-        values = torch.randn(shape, dtype=config.accumulate_dtype, generator=_generator(seed, *key))
-        return (values * scale).to(config.dtype)
+        return draws.normal(shape, config.dtype, seed, *key, scale=scale)
 
     def w13(size: int, *key: object) -> torch.Tensor:
         gate = normal((size, H), GATE_SCALE * fan_in, "gate", *key)

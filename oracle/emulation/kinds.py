@@ -20,6 +20,7 @@ recorded     SHARP  outlier channels of a trained transformer decide the 2-norm
 Legend: T tokens of one rank, H hidden_size, E experts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,8 @@ from torch import Tensor
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.envelope import Grade
 from twinmoe.oracle.recording import recorded_hidden_states
-from twinmoe.oracle.rounding import FORMATS
+from twinmoe.oracle.rounding import FORMATS, power_of_two
+from twinmoe.reference import draws
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
 
@@ -61,10 +63,10 @@ class Kind:
 def draw_inputs(kind: str, config: MoEConfig, tokens: Sequence[int], seed: int) -> Inputs:
     """Seeded inputs of ``kind``, ``tokens`` rows on each rank.
 
-    The same in every process of one machine; other vector units draw and stretch otherwise.
+    The same in every process and on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
-    x_TH = torch.randn(sum(tokens), config.hidden_size, generator=generator)
+    x_TH = draws.normal((sum(tokens), config.hidden_size), torch.float32, seed, "hidden")
     weights, x_TH = KINDS[kind].shape(config, MoEWeights.random(config, seed), x_TH, generator)
     return Inputs(config, weights, list(x_TH.to(config.dtype).split(list(tokens))))
 
@@ -79,8 +81,8 @@ def _positive(
     config: MoEConfig, weights: MoEWeights, x_TH: Tensor, generator: torch.Generator
 ) -> tuple[MoEWeights, Tensor]:
     """Rows and expert matrices without a sign, scaled so that outputs stay O(1)."""
-    w13 = weights.w13_LFH.abs() * (2 / config.hidden_size**0.5)
-    w2 = weights.w2_LHI.abs() * (2 / config.moe_intermediate_size**0.5)
+    w13 = weights.w13_LFH.abs() * (2 / math.sqrt(config.hidden_size))
+    w2 = weights.w2_LHI.abs() * (2 / math.sqrt(config.moe_intermediate_size))
     return replace(weights, w13_LFH=w13, w2_LHI=w2), x_TH.abs()
 
 
@@ -110,21 +112,27 @@ def _then_negative(matrix: Tensor) -> Tensor:
 def _heavy_tailed(
     config: MoEConfig, weights: MoEWeights, x_TH: Tensor, generator: torch.Generator
 ) -> tuple[MoEWeights, Tensor]:
-    """Elements of rows and matrices times 2**u, u uniform in [-12, 12]; row norms as before."""
+    """Elements of rows and matrices times 2**n, n from -12 to 12; row norms as before."""
 
     def tail(values: Tensor) -> Tensor:
-        wide = values.float()
-        exponent = torch.rand(values.shape, generator=generator) * 24 - 12
-        stretched = wide * torch.exp2(exponent)
+        wide = values.double()
+        exponent = torch.randint(-12, 13, values.shape, generator=generator)
+        stretched = wide * power_of_two(exponent)
         ratio = _row_norm(wide) / _row_norm(stretched)
-        return (stretched * ratio).to(values.dtype)
+        return (stretched * ratio).float().to(values.dtype)
 
     heavy = replace(weights, w13_LFH=tail(weights.w13_LFH), w2_LHI=tail(weights.w2_LHI))
     return heavy, tail(x_TH)
 
 
 def _row_norm(values: Tensor) -> Tensor:
-    return values.square().mean(dim=-1, keepdim=True).sqrt()
+    """The 2-norm of each row, [..., 1]: added up in an order of ours, the library's varies."""
+    squares = values.square()
+    while (length := squares.shape[-1]) > 1:
+        half = length // 2
+        pairs = squares[..., :half] + squares[..., half : 2 * half]
+        squares = torch.cat([pairs, squares[..., 2 * half :]], dim=-1)
+    return squares.sqrt()
 
 
 def _subnormal(
@@ -150,7 +158,7 @@ def _sparse(
 
     def thin(values: Tensor) -> Tensor:
         kept = torch.rand(values.shape, generator=generator) < 0.05
-        return torch.where(kept, values * 20**0.5, 0.0)
+        return torch.where(kept, values * math.sqrt(20), 0.0)
 
     return replace(weights, w2_LHI=thin(weights.w2_LHI)), thin(x_TH)
 

@@ -96,6 +96,6 @@ class Golden:
 def environment(device: str) -> dict[str, str]:
     """Machine, device and versions, in words."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    # What a CPU's vector units can do decides how torch draws and multiplies on it.
+    # What a CPU's vector units can do decides how torch multiplies on it.
     host = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": name, "host": host, "versions": doctor.versions()}

@@ -1,11 +1,14 @@
 """The layer under real CUDA graphs, judged on one GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
+from twinmoe.optimized.router import InferenceTopKRouter
 from twinmoe.oracle import RankObservation, Truth, judge
 from twinmoe.oracle.contracts import graphed_contract
 from twinmoe.reference.config import MoEConfig
@@ -56,3 +59,16 @@ def test_a_replay_waits_for_no_host() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(output_TH, expected_TH)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_a_row_is_routed_alike_in_any_batch(scoring: str) -> None:
+    """Neither the batch's size nor a row's place in it changes one bit of its routing."""
+    config = replace(_config(torch.bfloat16), scoring_func=scoring)
+    router = InferenceTopKRouter(config, MoEWeights.random(config, 0).to("cuda"))
+    hidden_TH = _hidden(config, 140, seed=4).cuda()
+    whole = router(hidden_TH)
+    for row in range(140):
+        alone = router(hidden_TH[row : row + 1])
+        assert torch.equal(whole.ids_TK[row : row + 1], alone.ids_TK)
+        assert torch.equal(whole.weights_TK[row : row + 1], alone.weights_TK)

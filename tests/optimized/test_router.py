@@ -206,13 +206,19 @@ def test_padding_rows_are_marked_and_never_looked_at(num_valid, count_dtype):
 
 
 def test_a_row_is_routed_alike_in_any_batch():
-    """Neither the batch's size nor a row's place in it changes one bit of its routing."""
-    config, weights = make(hidden_size=96, num_experts=16, num_experts_per_tok=4)
+    """Neither the batch's size nor a row's place in it changes one bit of its routing.
+
+    Logits are exact here: the interpreter leaves their sums to a library, which adds up a row in
+    an order that depends on the rows around it.
+    """
+    config, weights = make_identity(16, num_experts_per_tok=4)
     router = InferenceTopKRouter(config, weights)
-    x_TH = randn(140, 96, seed=4).bfloat16()
-    whole, alone = router(x_TH), router(x_TH[137:138])
-    assert torch.equal(whole.ids_TK[137:138], alone.ids_TK)
-    assert torch.equal(whole.weights_TK[137:138], alone.weights_TK)
+    x_TH = randn(140, 16, seed=4)
+    whole = router(x_TH)
+    for row in range(140):
+        alone = router(x_TH[row : row + 1])
+        assert torch.equal(whole.ids_TK[row : row + 1], alone.ids_TK)
+        assert torch.equal(whole.weights_TK[row : row + 1], alone.weights_TK)
 
 
 def test_no_tokens_no_launch():

@@ -3,18 +3,14 @@
 Legend: T tokens, H hidden_size, E experts, K experts per token.
 """
 
-import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.oracle.digests import of_case
 from twinmoe.oracle.case import BIASES, MODES, TRANSPORTS, VALUES, Case
 from twinmoe.oracle.check import plan_cells
 from twinmoe.oracle.inputs import hidden_for, tokens_at, weights_for
@@ -35,20 +31,6 @@ def case_of(tokens: tuple[int, ...] = (9, 5), **changes: object) -> Case:
     return Case(config=config, tokens=tokens, **own)
 
 
-def tensors_of(case: Case) -> list[Tensor]:
-    """Return all tensors of a case: the weights, then each rank's batches."""
-    batches = [hidden_for(case, rank, step) for rank in range(case.ep_size) for step in (0, 1)]
-    return [*weights_for(case).tensors().values(), *batches]
-
-
-def digest(case: Case) -> str:
-    """Return a hash over the bytes of all tensors of a case."""
-    sha = hashlib.sha256()
-    for tensor in tensors_of(case):
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
 def chosen_experts(case: Case) -> list[tuple[int, ...]]:
     """Return the set of experts that the reference router picks, for each token of all ranks."""
     router = TopKRouter(case.config, weights_for(case))
@@ -62,27 +44,7 @@ def chosen_experts(case: Case) -> list[tuple[int, ...]]:
 @given(any_case)
 def test_a_case_has_the_same_tensors_twice(case: Case) -> None:
     """Nothing but the case decides: asked again, every tensor is the same, bit for bit."""
-    assert digest(case) == digest(Case.parse(str(case)))
-
-
-def test_another_process_draws_the_same_tensors() -> None:
-    """A replay line means the same numbers in a fresh process, hash randomisation and all."""
-    lines = [
-        str(case_of(values=values, use_correction_bias=True, shared_expert_intermediate_size=8))
-        for values in VALUES
-    ]
-    code = (
-        "import sys\n"
-        "from tests.oracle.test_inputs import digest\n"
-        "from twinmoe.oracle.case import Case\n"
-        "print(*[digest(Case.parse(line)) for line in sys.argv[1:]])\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "17"}
-    told = subprocess.run(
-        [sys.executable, "-c", code, *lines],
-        env=environment, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert told.stdout.split() == [digest(Case.parse(line)) for line in lines]
+    assert of_case(case) == of_case(Case.parse(str(case)))
 
 
 @given(any_case)

@@ -180,7 +180,7 @@ def test_a_fault_of_an_earlier_forward_is_named_at_its_stage(trial: Trial) -> No
     case = Case.parse(
         "T=0/2,H=192,I=16,E=8,k=1,scoring_func=sqrtsoftplus,n_group=4,topk_group=2,"
         "group_score=max,use_correction_bias=1,dtype=fp32,mode=graphed,values=positive,bias=nan,"
-        "padding=nan,seed=238,history=p.f0.p.f0.f1,fault=untranslated_ids"
+        "padding=nan,seed=239,history=p.f0.p.f0.f1,fault=untranslated_ids"
     )
     blurred = judge_showings(
         case, [each["optimized"] for each in trial.observe(case, ["optimized"])]
