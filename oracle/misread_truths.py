@@ -18,8 +18,12 @@ from twinmoe.oracle.routing import RoutingTruth, exact_groups
 from twinmoe.oracle.truth import Stages, Truth
 
 
-class BiasedWeights(Truth):
-    """Router weights taken from the biased scores."""
+class _OtherRouting(Truth):
+    """A router that goes wrong somewhere after its scores."""
+
+    @abstractmethod
+    def misled(self, right: RoutingTruth) -> RoutingTruth:
+        """What becomes of the right routing."""
 
     def routing(
         self,
@@ -27,9 +31,16 @@ class BiasedWeights(Truth):
         grade: Grade = Grade.SHARP,
         carry: type[Enclosure] = Enclosure,
     ) -> RoutingTruth:
+        """Route as ever, then go wrong."""
+        return self.misled(super().routing(contract, grade, carry))
+
+
+class BiasedWeights(_OtherRouting):
+    """Router weights taken from the biased scores."""
+
+    def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Score with the bias."""
-        routing = super().routing(contract, grade, carry)
-        return replace(routing, score_TE=routing.selection_TE)
+        return replace(right, score_TE=right.selection_TE)
 
 
 class _SoftmaxOfScores(RoutingTruth):
@@ -44,33 +55,21 @@ class _SoftmaxOfScores(RoutingTruth):
         return Enclosure(value * factor, value * abs(factor) * (torch.expm1(2 * error) + unit))
 
 
-class SoftmaxTwice(Truth):
+class SoftmaxTwice(_OtherRouting):
     """Scores over all experts, then a softmax over the chosen scores."""
 
-    def routing(
-        self,
-        contract: RoundingContract,
-        grade: Grade = Grade.SHARP,
-        carry: type[Enclosure] = Enclosure,
-    ) -> RoutingTruth:
+    def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Choose as ever; weigh by the softmax."""
-        right = super().routing(contract, grade, carry)
         return _SoftmaxOfScores(
             **{field.name: getattr(right, field.name) for field in fields(right)}
         )
 
 
-class GroupsMaskedByZero(Truth):
+class GroupsMaskedByZero(_OtherRouting):
     """Experts of groups that are left out score 0, and so beat negative biased scores."""
 
-    def routing(
-        self,
-        contract: RoundingContract,
-        grade: Grade = Grade.SHARP,
-        carry: type[Enclosure] = Enclosure,
-    ) -> RoutingTruth:
+    def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Choose among all experts, by scores of which some are 0."""
-        right = super().routing(contract, grade, carry)
         kept_TE = exact_groups(self.config, right.selection_TE.value)
         selection = right.selection_TE.only(kept_TE)
         order = selection.value.sort(dim=-1, descending=True, stable=True).indices
