@@ -170,11 +170,11 @@ class GraphRunner:
             self.layer(hidden_NH, num_valid)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _refusal(self, hidden_TH: Tensor, max_tokens: int | None) -> ValueError | None:
+    def _refusal(self, hidden_TH: Tensor, max_tokens: int | None) -> Exception | None:
         """Why this rank cannot run the batch."""
         try:
             check_hidden(hidden_TH, self.layer.config, self.layer.device)
-        except ValueError as error:
+        except Exception as error:  # whatever was passed, the peers must hear of it
             return error
         tokens = len(hidden_TH)
         if max_tokens is None or tokens <= max_tokens:
@@ -184,7 +184,7 @@ class GraphRunner:
             f"{tokens} tokens: ranks would take different buckets; pass the maximum or None"
         )
 
-    def _largest(self, tokens: int, refusal: ValueError | None) -> int:
+    def _largest(self, tokens: int, refusal: Exception | None) -> int:
         """The most tokens of any rank; raises, on all ranks, if one has a ``refusal``."""
         group = self.layer.group
         if group is None:

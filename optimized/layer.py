@@ -151,8 +151,8 @@ class MoELayer(nn.Module):
         that raises before the first collective: on the eager path they raise PeerError, which
         names it; on the graphed path, where nobody may ask, it takes part with no tokens, so
         that their answers stand.  A rank whose experts fail on the graphed path contributes
-        NaN.  One that passes another number of rows there, or that dies, is for the watchdog of
-        the group.
+        NaN.  One that passes another number of rows there, or a tensor that has none to count, or
+        that dies, is for the watchdog of the group.
         """
         shared = None
         with self._nobody_waits(hidden_TH):

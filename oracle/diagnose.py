@@ -45,7 +45,7 @@ _FORWARDS = 4
 #: What fits a single token may fit it by chance.
 _TOKENS = 2
 
-#: Share of elements outside that no undeclared rounding was seen to cause.
+#: Share of elements outside the declared contract that no undeclared rounding was seen to cause.
 _MISTAKEN = 0.9
 
 #: Rows a rank of a case that is made to tell explanations apart.

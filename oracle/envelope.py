@@ -201,13 +201,16 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
 
 
 def _dropped(x: Enclosure, columns: Tensor, least: float) -> Tensor | float:
-    """The sums of magnitudes of those products of which a factor may be below ``least``."""
+    """The sums of magnitudes of what is lost with factors that may be below ``least``.
+
+    Of a factor that only may be that small, no more than ``least`` can be lost.
+    """
     size, sure = x.magnitude(), x.value.abs() - x.error() >= least
     heavy = columns.where(columns >= least, 0.0)
     light = columns - heavy
     if not (size.masked_fill(sure, 0.0).any() or light.any()):
         return 0.0  # as in nearly all
-    return size.where(~sure, 0.0) @ columns.T + size.where(sure, 0.0) @ light.T
+    return size.clamp(max=least).where(~sure, 0.0) @ columns.T + size @ light.T
 
 
 def _raised(factor: Tensor, least: float) -> Tensor:

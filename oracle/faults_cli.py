@@ -82,13 +82,11 @@ def faults(
         faults_report.show_benign(hunts, seconds, _console)
         passed = not any(hunt.caught for hunt in hunts)
     else:
-        out_of_reach = [hunt for hunt in hunts if device == "cuda" and not hunt.ran]
-        hunts = [hunt for hunt in hunts if hunt not in out_of_reach]
-        faults_report.show(hunts, seconds, known, _console)
-        if out_of_reach:
-            names = ", ".join(str(hunt.fault) for hunt in out_of_reach)
+        reached = [hunt for hunt in hunts if device == "cpu" or hunt.ran]
+        faults_report.show(reached, seconds, known, _console)
+        if names := ", ".join(str(hunt.fault) for hunt in hunts if hunt not in reached):
             _console.print(f"out of reach on {device}: {names}", highlight=False, soft_wrap=True)
-        passed = bool(hunts) and not faults_report.unexpected(hunts, known)
+        passed = bool(reached) and not faults_report.unexpected(reached, known)
     if json_file is not None:
         faults_report.write_json(hunts, seconds, json_file)
     sys.exit(0 if passed else 1)

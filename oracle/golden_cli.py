@@ -27,6 +27,7 @@ from twinmoe.oracle.golden import (
     report,
     save,
 )
+from twinmoe.oracle.golden.file import occupied
 from twinmoe.oracle.golden.record import SUBJECT, NotEquivalentError, check_recordable
 from twinmoe.oracle.golden.suites import suite, suites
 from twinmoe.oracle.golden.target import on_device, questions, shared_evenly
@@ -125,10 +126,7 @@ def record_command(
         diagnosis.require_case(case, device)
     _check_place(file)
     if file.exists():
-        raise ConfigError(
-            f"FILE ({file}) exists: a recording is a norm, which nobody overwrites by accident; "
-            "remove it first, or choose another name"
-        )
+        raise ConfigError(occupied(file))
     with _bar() as progress, Trial(device, timeout, (SUBJECT,)) as trial:
         task = progress.add_task("recording", total=len(chosen))
         try:

@@ -49,6 +49,7 @@ def heard_once() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # with the old handler it would end the process
         sys.unraisablehook = told
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from twinmoe.oracle.comparison import compare
-from twinmoe.oracle.contract import Order, RoundingContract, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Wire, accumulator_of
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.rounding import FORMATS, FP32
@@ -112,12 +112,12 @@ def moves_from(first: RoundingContract, config: MoEConfig, ranks: int) -> list[M
     if config.has_shared_expert:
         points += ["shared_gate_up", "shared_output"]
         points += ["reduced"] if first.wire is Wire.NONE else []
-    moves = []
+    moves, wide = [], accumulator_of(config.dtype)  # whatever the hardware makes of it
     for point in points:
-        wide = first.accumulator if point == "weighted_input" else None
-        stored = getattr(first, point) in (None, first.accumulator)
-        how = "stored in the model's dtype" if stored else "kept in the accumulator's format"
-        moves.append(Move(((point, model if stored else wide),), f"{_TENSORS[point]} are {how}"))
+        kept = getattr(first, point) in (None, wide)
+        how = "stored in the model's dtype" if kept else "kept in the accumulator's format"
+        format_ = model if kept else wide if point == "weighted_input" else None
+        moves.append(Move(((point, format_),), f"{_TENSORS[point]} are {how}"))
     if config.num_experts_per_tok > 2:  # of two terms each is the first as well as the second
         # Not in any order: what allows more explains more, whatever the layer does.
         says = f"{_TENSORS['combine']}, best expert first, are stored in the model's dtype"

@@ -101,10 +101,6 @@ class Suggestion:
             if best is not None and fit.fits_all and fit.likeness.flips == best.likeness.flips
         ]
 
-    def contract(self, fit: Fit) -> RoundingContract:
-        """The contract of one of the fits, in the dtype of the cases."""
-        return made(first_contract(self.config.dtype, self.ranks), fit.moves)
-
     def changes(self, fit: Fit) -> str:
         """What differs from storing everything, as code; ``narrow`` is the model's format."""
         return as_code(fit.moves, self.config, narrow="narrow")

@@ -18,7 +18,7 @@ from twinmoe.reference.config import DTYPES
 #: Contracts shown, the best with them.
 _SHOWN = 5
 
-#: Share of elements outside that no undeclared rounding was seen to cause.
+#: Share of elements outside the nearest contract that looks like a mistake, not like a rounding.
 _MISTAKEN = 0.75
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]

@@ -88,8 +88,10 @@ class Outcome:
         return "\n".join([*told, f"  reproduce: twinmoe replay{asked} '{self.case}'"])
 
 
-#: What is wrong, if nothing is once no rank goes ahead.
-_RAN_AHEAD = "a rank runs into what another has not finished: with all ranks in step it is right"
+#: What may be wrong, if nothing is once no rank goes ahead.
+_RAN_AHEAD = (
+    "a rank runs into what another has not finished (with all ranks in step, it was right once)"
+)
 
 
 class Trial:

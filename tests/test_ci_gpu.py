@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 _PYTHON = """#!/usr/bin/env bash
 if [[ "$1" == - ]]; then echo "$COUNT"; exit; fi
 echo "$CUDA_VISIBLE_DEVICES: $*" >>"$NOTES"
-if [[ -n "$FAILING" && "$*" == *"$FAILING"* ]]; then exit 1; fi
+if [[ -n "$FAILING" && "$*" == *"$FAILING"* ]]; then
+    if [[ -z "$SIGNAL" ]]; then exit 1; fi
+    group=$PPID main=$(cut -d ' ' -f 4 "/proc/$PPID/stat")
+    if [[ "$OF" == main ]]; then kill "-$SIGNAL" "$main"; sleep 60; fi
+    kill "-$SIGNAL" "$group"
+fi
 """
 
 Run = Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]
@@ -28,13 +34,21 @@ def run(tmp_path: Path) -> Run:
     python.chmod(0o755)
 
     def run_it(
-        count: str, *, failing: str = "", devices: str = "", arguments: tuple[str, ...] = ()
+        count: str,
+        *,
+        failing: str = "",
+        signal: str = "",
+        of: str = "group",
+        devices: str = "",
+        arguments: tuple[str, ...] = (),
     ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         environment = {
             **os.environ,
             "PATH": f"{python.parent}:{os.environ['PATH']}",
             "COUNT": count,
             "FAILING": failing,
+            "SIGNAL": signal,
+            "OF": of,
             "CUDA_VISIBLE_DEVICES": devices,
             "NOTES": str(tmp_path / "notes"),
         }
@@ -86,6 +100,23 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(run: Run, failing: 
     assert done.stdout.splitlines()[-1] == "ci/gpu: NOT equivalent on 1,2,4 GPUs"
     assert ": exit 1" in done.stdout.splitlines()[-2]
     assert len(started) == 9
+
+
+def test_a_group_that_is_killed_is_no_pass(run: Run) -> None:
+    """Groups that run aside may die, of a lack of memory say: the verdict knows."""
+    done, _ = run("4", failing="--ep 2", signal="KILL")
+    assert done.returncode == 1
+    assert "ci/gpu: a group of GPUs ended early: exit 137" in done.stdout
+    assert done.stdout.splitlines()[-1] == "ci/gpu: NOT equivalent on 1,2,4 GPUs"
+
+
+def test_an_interrupt_ends_the_groups_too(run: Run) -> None:
+    """Nothing keeps the GPUs when somebody gives up."""
+    begun = time.monotonic()
+    done, _ = run("4", failing="--ep 2", signal="TERM", of="main")
+    assert done.returncode == 130
+    assert time.monotonic() - begun < 20
+    assert "equivalent" not in done.stdout
 
 
 def test_no_device_is_no_pass(run: Run) -> None:

@@ -160,8 +160,8 @@ def require_norm(case: Case, forward: Forward, asked: Scenario, device: str) -> 
         if digest != forward.digests.get(what):
             raise GoldenError(
                 f"golden case '{case}': its {what} are drawn otherwise here (SHA-256 "
-                f"{digest[:12]}, recorded {str(forward.digests.get(what))[:12]}): another torch or "
-                "another kind of CPU makes other random numbers; record it again here"
+                f"{digest[:12]}, recorded {str(forward.digests.get(what))[:12]}): a version that "
+                "drew other numbers has recorded it; record it again with this one"
             )
     try:
         contract = declared(replace(case, config=scenario.config), forward.contract, device)

@@ -6,6 +6,7 @@ Tensors are named ``case.forward.name``.  The header's metadata has four strings
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,10 @@ class GoldenError(ValueError):
 
 
 def save(golden: Golden, path: Path) -> None:
-    """Write ``golden``; the same recording gives the same content and digest."""
+    """Write ``golden``; the same recording gives the same content and digest.
+
+    Raises ConfigError if there is a file of that name.
+    """
     tensors = {
         f"{number}.{place}.{name}": tensor.contiguous()
         for number, recorded in enumerate(golden.cases)
@@ -59,13 +63,30 @@ def save(golden: Golden, path: Path) -> None:
         "content": content,
         "digest": _digest(content, tensors),
     }
-    # A half-written file must not carry the name of a whole one.
-    part = path.with_name(f"{path.name}.part")
+    # A half-written file must not carry the name of a whole one, nor a new one that of an old.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(save_tensors(tensors, metadata))
-        part.replace(path)
+        _name(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _name(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise ConfigError(occupied(path)) from None
+    except OSError:  # a file system without hard links
+        part.replace(path)
+
+
+def occupied(path: Path) -> str:
+    """Why nothing is recorded into a file that is there."""
+    return (
+        f"FILE ({path}) exists: a recording is a norm, which nobody overwrites by accident; "
+        "remove it first, or choose another name"
+    )
 
 
 def load(path: Path) -> Golden:

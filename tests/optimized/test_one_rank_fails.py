@@ -68,7 +68,10 @@ def check_eager(rank, group):
 
 def check_asked(rank, group):
     """A runner that asks for the largest batch hears of the rank that has none."""
-    check_told(GraphRunner(optimized(CONFIG, group), (4, 8)), rank, group)
+    runner, bad = GraphRunner(optimized(CONFIG, group), (4, 8)), group.size() - 1
+    check_told(runner, rank, group)
+    message = error_of(lambda: runner(None if rank == bad else tokens_of(rank)))
+    assert message.startswith("AttributeError" if rank == bad else "PeerError"), message
 
 
 def check_believed(rank, group):

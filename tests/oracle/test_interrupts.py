@@ -41,6 +41,16 @@ def test_an_interrupt_in_a_callback_is_raised_after_it(capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == ""
 
 
+def test_an_interrupt_lost_at_the_very_end_does_no_harm() -> None:
+    """No alarm is left behind that would end the process a moment later."""
+    watched = [_Watched()]
+    reference = weakref.ref(watched[0], lambda _: signal.raise_signal(signal.SIGINT))
+    with heard_once():
+        watched.clear()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert reference() is None
+
+
 def test_a_second_interrupt_does_not_disturb_the_cleaning_up() -> None:
     """What follows the first at once is not heard."""
     cleaned_up = []

@@ -206,6 +206,14 @@ def test_subnormal_sums_may_count_as_zeros() -> None:
     assert matmul(zeros, torch.ones(1, 1), CPU_BF16, Grade.SHARP).radius == 0
 
 
+def test_what_only_may_be_subnormal_loses_no_more_than_that() -> None:
+    """An operand known to be near zero, as behind a ReLU, is not given away whole."""
+    near_zero = Enclosure(torch.zeros(2, 8).double(), torch.full((2, 8), 1e-3).double())
+    weight = torch.ones(3, 8).double()
+    usual = matmul(near_zero, weight, FP32, Grade.SHARP).radius
+    assert (matmul(near_zero, weight, CPU_BF16, Grade.SHARP).radius <= 1.001 * usual).all()
+
+
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_bf16_dot_products_of_this_cpu_stay_inside(rows: int) -> None:
     """Subnormal operands and products through torch's own GEMM, whatever it makes of them."""

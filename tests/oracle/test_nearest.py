@@ -11,6 +11,7 @@ import torch
 from tests.oracle.rounding_layers import KEPT, STORED, answer
 from twinmoe.oracle import RankObservation, storage_contract
 from twinmoe.oracle.contract import Order, RoundingContract, Ties, Wire
+from twinmoe.oracle.contracts import on_device
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.nearest import Moves, Sample, Search, as_code, made, moves_from
@@ -116,13 +117,15 @@ def test_ranks_have_wires() -> None:
     assert len(wires) == 4
 
 
-def test_the_code_makes_the_contract() -> None:
-    """What is printed, pasted, is what was found."""
-    config = config_of(torch.bfloat16)
-    contract = first(config.dtype)
+@pytest.mark.parametrize("weighs_input", [False, True])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float16, "cuda")])
+def test_the_code_makes_the_contract(dtype: torch.dtype, device: str, weighs_input: bool) -> None:
+    """What is printed, pasted, is what was found, whatever the hardware makes of fp32."""
+    config = replace(config_of(dtype), router_weight_on_input=weighs_input)
+    contract = on_device(first(dtype), dtype, device)
     for move in moves_from(contract, config, 2):
         code = f"replace(contract, {as_code([move], config, 'FORMATS[config.dtype]')})"
         names = {"replace": replace, "contract": contract, "FORMATS": FORMATS, "config": config}
-        assert eval(code, names | {"Order": Order, "Wire": Wire, "FP32": FP32}) == made(
-            contract, [move]
-        )
+        names |= {"Order": Order, "Wire": Wire, "FP32": FP32}
+        assert eval(code, names) == made(contract, [move])
+        assert made(contract, [move]) != contract

@@ -220,7 +220,7 @@ def running_sum(terms_TKH: torch.Tensor, order_TK: torch.Tensor) -> torch.Tensor
 
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 8), stored=st.booleans())
-def test_a_stored_running_sum_is_allowed_in_its_order_and_in_no_other(seed, slots, stored):
+def test_a_stored_running_sum_is_allowed_in_its_order(seed, slots, stored):
     """By expert ids, by slots, or in any order, whether or not the terms are stored before."""
     g = torch.Generator().manual_seed(seed)
     ids_TK = torch.stack([torch.randperm(12, generator=g)[:slots] for _ in range(6)])

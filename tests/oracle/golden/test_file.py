@@ -14,6 +14,7 @@ from safetensors.torch import save as save_tensors
 from twinmoe.oracle.golden import Golden, GoldenError, load, save
 from twinmoe.oracle.golden import file as golden_file
 from twinmoe.oracle.live_layer import same_bits
+from twinmoe.reference.config import ConfigError
 
 Damage = Callable[[bytes], bytes]
 
@@ -164,9 +165,20 @@ def test_what_is_read_is_what_was_written(golden: Golden, whole: bytes, tmp_path
             assert replace(one, tensors={}) == replace(other, tensors={})
             assert one.tensors.keys() == other.tensors.keys()
             assert all(same_bits(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    save(read, path)
-    digests = [header_of(data)[0]["__metadata__"]["digest"] for data in (whole, path.read_bytes())]
+    again = tmp_path / "once more.safetensors"
+    save(read, again)
+    digests = [header_of(data)[0]["__metadata__"]["digest"] for data in (whole, again.read_bytes())]
     assert digests[0] == digests[1]
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(golden: Golden, tmp_path: Path) -> None:
+    """Of two recordings into one name the later is refused, and leaves nothing."""
+    path = tmp_path / "golden.safetensors"
+    path.write_bytes(b"somebody else's")
+    with pytest.raises(ConfigError, match="exists: a recording is a norm"):
+        save(golden, path)
+    assert path.read_bytes() == b"somebody else's"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_norm_is_wide(golden: Golden) -> None:
