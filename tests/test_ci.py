@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,16 @@ def test_a_run_in_which_nothing_passed_fails(
     assert "no test passed: a run that shows nothing is a failed run" in run.lines
 
 
+def _await_environment(pid: int) -> None:
+    """Wait until a process that Popen has just started has its environment.
+
+    Popen returns when exec closes its pipe, which the kernel does before it lays out the new stack.
+    """
+    deadline = time.monotonic() + 10
+    while not Path(f"/proc/{pid}/environ").read_bytes():
+        assert time.monotonic() < deadline, f"process {pid} never got its environment"
+
+
 def test_a_process_left_behind_fails_the_run(
     aftermath: Callable[..., Account], tmp_path: Path
 ) -> None:
@@ -103,6 +114,7 @@ def test_a_process_left_behind_fails_the_run(
     environment = {**os.environ, "TWINMOE_TEST_RUN": str(tmp_path)}
     with subprocess.Popen(["sleep", "60"], env=environment) as sleeper:
         try:
+            _await_environment(sleeper.pid)
             run = aftermath(PASSED)
         finally:
             sleeper.kill()
