@@ -74,7 +74,8 @@ class MoELayer(nn.Module):
             self._build(spec or InferenceSpecProvider())
         except Exception as error:  # whatever it is, the peers must not wait for this rank
             failure = error
-        check_agreement(config, self.options, failure, group)
+        backend = self.experts.backend_name if failure is None else ""
+        check_agreement(config, self.options, backend, failure, group)
         self.set_kill_switch(self.options.disable_triton_nvls_kernels)
 
     def _build(self, spec: InferenceSpecProvider) -> None:
@@ -84,7 +85,12 @@ class MoELayer(nn.Module):
         self.placement = Placement(config.num_experts, size)
         weights.check(config, self.placement.experts_of(rank))
         self.experts = spec.experts(
-            config, weights, self.placement, rank, self.options.experts_backend
+            config,
+            weights,
+            self.placement,
+            rank,
+            self.options.experts_backend,
+            self.options.experts_record,
         )
         self.eager_router = spec.eager_router(config, weights)
         self.eager_dispatcher = spec.eager_dispatcher(self.placement, group)
@@ -252,14 +258,13 @@ class MoELayer(nn.Module):
 
     def path_report(self) -> PathReport:
         """What the next forward will run."""
+        backend = self.experts.backend_name
+        chosen = f"{backend}: {self.experts.backend_why}"
         if not self._is_graphed:
-            return PathReport(
-                "eager", "alltoall", self.experts.backend_name, "torch router", "not in a graph"
-            )
+            why = f"not in a graph; {chosen}"
+            return PathReport("eager", "alltoall", backend, "torch router", why)
         report = self.transport.report()
-        return PathReport(
-            "graphed", report.label, self.experts.backend_name, "fused router", str(report)
-        )
+        return PathReport("graphed", report.label, backend, "fused router", f"{report}; {chosen}")
 
     def _tap(self, name: str, tensor: Tensor) -> None:
         if self.taps is not None:

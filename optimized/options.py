@@ -1,6 +1,7 @@
 """How the inference layer runs: everything that is not mathematics."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ class InferenceOptions:
     ``transport``: force a tier, None takes the best that every rank can use.
     ``disable_triton_nvls_kernels``: the kill switch, plain collectives only (Megatron's
     ``--inference-disable-triton-nvls-kernels``).
-    ``experts_backend``: "auto" or the name of one backend.
+    ``experts_backend``: the name of one backend, or "auto": the quickest on record at this shape.
+    ``experts_record``: where that is written, by ``twinmoe bench --record``; None for what was
+    measured for this project.
     ``wire_dtype``: payload of the reduce-scatter, fp32 or the model's dtype.
     ``max_tokens_per_rank``: rows per rank that the symmetric buffers hold.
     """
@@ -25,6 +28,7 @@ class InferenceOptions:
     transport: Tier | None = None
     disable_triton_nvls_kernels: bool = False
     experts_backend: str = "auto"
+    experts_record: Path | None = None
     wire_dtype: torch.dtype = torch.float32
     max_tokens_per_rank: int = 256
 
@@ -57,17 +61,19 @@ class InferenceOptions:
 def check_agreement(
     config: MoEConfig,
     options: InferenceOptions,
+    backend: str,
     failure: Exception | None,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Go on only if all ranks can build their layer, and mean the same; a collective.
 
-    ``failure`` is what this rank stumbled over.  Raises it, or ConfigError on the others.
+    ``backend`` is what this rank computes experts with, ``failure`` what it stumbled over.
+    Raises it, or ConfigError on the others.
     """
-    told = exchange((describe(failure), config, options), group)
+    told = exchange((describe(failure), backend, config, options), group)
     if failure is not None:
         raise failure
-    for rank, (stumbled_over, *settings) in enumerate(told):
+    for rank, (stumbled_over, their_backend, *settings) in enumerate(told):
         if stumbled_over is not None:
             raise ConfigError(
                 f"rank {rank} could not build its layer ({stumbled_over}): a group runs on all "
@@ -79,3 +85,9 @@ def check_agreement(
                     f"rank {rank} asks for {theirs}, this one for {mine}: ranks that differ would "
                     "exchange rows of different meaning; pass the same on all ranks"
                 )
+        if their_backend != backend:
+            raise ConfigError(
+                f"rank {rank} computes experts with {their_backend}, this one with {backend}: "
+                "their roundings differ, and 'auto' goes by what each machine has; name one in "
+                "experts_backend"
+            )

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from twinmoe.optimized.experts.timings import Shape, Timing, Timings
 from twinmoe.oracle import doctor
 from twinmoe.oracle.bench import LINK_RATE, MEMORY_RATE, Request, Row, measure, slowest
 from twinmoe.oracle.torchrun import largest_world, open_world
@@ -40,6 +41,10 @@ _console = Console()
     help="Seconds without progress that count as a hang.",
 )  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--record", "record_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Add the experts' times to this file: InferenceOptions(experts_record=...) goes by it.",
+)  # fmt: skip
 def bench(
     models: Sequence[str],
     gpus: str,
@@ -50,6 +55,7 @@ def bench(
     seed: int,
     timeout: float,
     json_file: Path | None,
+    record_file: Path | None,
 ) -> None:
     """Time router, collectives, experts and whole layers in graph replay.
 
@@ -57,6 +63,9 @@ def bench(
     the time that the bytes of the experts in use, or the bytes on the links, need at least.
     """
     doctor.require(device)
+    known = Timings()
+    if record_file is not None and record_file.exists():
+        known = Timings.load(record_file)
     rows: list[Row] = []
     for size in _counts(gpus) if gpus else _sizes_here(device):
         with open_world(size, device, timeout) as world:
@@ -70,6 +79,18 @@ def bench(
     if json_file is not None:
         told = {"memory_rate": MEMORY_RATE, "link_rate": LINK_RATE, "versions": doctor.versions()}
         json_file.write_text(json.dumps(told | {"rows": [asdict(r) for r in rows]}, indent=1))
+    if record_file is not None:
+        known.updated(expert_timings(rows, scale, torch.device(device))).save(record_file)
+
+
+def expert_timings(rows: Sequence[Row], scale: int, device: torch.device) -> Timings:
+    """What was measured of expert backends, by the shape of one rank's share."""
+    taken: dict[tuple[Shape, int], dict[str, float]] = {}
+    for row in rows:
+        if row.stage == "experts":
+            shape = Shape.of(scaled(published(row.model), scale), row.gpus, device)
+            taken.setdefault((shape, row.gpus * row.tokens), {})[row.path] = row.us
+    return Timings(Timing(shape, count, us) for (shape, count), us in taken.items())
 
 
 def table(rows: Sequence[Row]) -> Table:

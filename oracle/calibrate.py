@@ -13,6 +13,7 @@ from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.session import Answer
+from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.trial import observe_case
 from twinmoe.oracle.truth import Truth
@@ -20,7 +21,6 @@ from twinmoe.oracle.world import World
 from twinmoe.reference.config import MoEConfig
 
 EP_SIZES = (1, 2, 4)
-TRANSPORTS = ("alltoall", "p2p", "nvls", "gloo")
 BACKENDS = ("grouped_mm", "triton")
 
 #: Input kinds that cases take in turn: those of real layers, not those of exact tests.
@@ -73,7 +73,7 @@ def calibrate_paths(
     seed: int = 0,
     *,
     ep_sizes: Sequence[int] = EP_SIZES,
-    transports: Sequence[str] = TRANSPORTS,
+    transports: Sequence[str] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     loosen: float = 1.0,
@@ -82,8 +82,10 @@ def calibrate_paths(
 ) -> list[PathRecord]:
     """Run ``draws`` cases of every path at every EP size, and the reference on the same ones.
 
-    ``advance`` is called after each case.  Raises WorkerFailure when a rank fails.
+    ``transports`` None are all that ``device`` has.  ``advance`` is called after each case.
+    Raises WorkerFailure when a rank fails.
     """
+    transports = DEVICE_TRANSPORTS[device] if transports is None else transports
     records: dict[tuple[str, int], PathRecord] = {}
     with ExitStack() as worlds:
         for ep_size in ep_sizes:

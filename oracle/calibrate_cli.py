@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from twinmoe.oracle import cost, plots
-from twinmoe.oracle.calibrate import BACKENDS, EP_SIZES, TRANSPORTS, PathRecord, calibrate_paths
+from twinmoe.oracle import doctor as diagnosis
+from twinmoe.oracle.calibrate import BACKENDS, EP_SIZES, PathRecord, calibrate_paths
 from twinmoe.oracle.compare_criteria import (
     CORRECT,
     SIZES,
@@ -26,8 +27,9 @@ from twinmoe.oracle.compare_criteria import (
 )
 from twinmoe.oracle.criteria import CRITERIA, OURS
 from twinmoe.oracle.failures import WorkerFailure, account
+from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.subject_cli import subject_option, timeout_option
-from twinmoe.oracle.suggest_cli import suggest, suggest_option
+from twinmoe.oracle.suggest_cli import ranks_option, suggest, suggest_option
 from twinmoe.reference.config import DTYPES
 
 _console = Console()
@@ -63,10 +65,12 @@ _console = Console()
     help="Multiply every radius by this: judges the judge.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Save a picture.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 @timeout_option
 @suggest_option
+@ranks_option
 @subject_option
 def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) -> None:
     """Measure the judge: error over allowed error, flips and their signs, path by path.
@@ -77,6 +81,7 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
     somebody's layer, 2 could not run.
     """
     try:
+        diagnosis.require(options["device"])
         _check_targets(options["plot"], options["json_file"])
         measure = _compare if comparing else _costs if costing else _calibrate
         if suggesting:
@@ -126,15 +131,22 @@ def _calibrate(
     dtype: str,
     seed: int,
     loosen: float,
+    device: str,
     timeout: float,
     plot: Path | None,
     json_file: Path | None,
     **_unused: Any,
 ) -> bool:
-    total = draws * len(EP_SIZES) * len(TRANSPORTS) * len(BACKENDS)
+    total = draws * len(EP_SIZES) * len(DEVICE_TRANSPORTS[device]) * len(BACKENDS)
     with _progress("running paths", total) as advance:
         records = calibrate_paths(
-            draws, seed, dtype=DTYPES[dtype], loosen=loosen, timeout_s=timeout, advance=advance
+            draws,
+            seed,
+            dtype=DTYPES[dtype],
+            device=device,
+            loosen=loosen,
+            timeout_s=timeout,
+            advance=advance,
         )
     _console.print(path_table(records))
     alarms = [line for record in records for line in record.alarms]

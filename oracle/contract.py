@@ -57,7 +57,9 @@ class RoundingContract:
     """Storage format at each point of one path; None keeps the accumulator's format.
 
     Inputs and weights as stored are exact by definition.  Router arithmetic is in
-    ``router``, ``logits`` and ``router_weights`` are what is stored of it.  ``weighted_input``
+    ``router``; ``logits``, ``scores``, ``score_sum`` (the sum of the chosen scores),
+    ``normalised_weights`` (each chosen score over that sum) and ``router_weights`` (scaled, as
+    the experts meet them) are what is stored of it.  ``weighted_input``
     is the format of ``weight * hidden`` where the router weight is applied to the input,
     ``terms`` that of ``weight * expert_output`` otherwise, ``gate`` that of the activated gate
     before it meets up.  GEMMs accumulate in ``accumulator``, in any order.  ``combine`` is the
@@ -72,7 +74,10 @@ class RoundingContract:
     accumulator: Format
     router: Format
     logits: Format | None = None
+    scores: Format | None = None
     ties: Ties = Ties.LOWEST_ID
+    score_sum: Format | None = None
+    normalised_weights: Format | None = None
     router_weights: Format | None = None
     weighted_input: Format
     quantise_input: Quantiser | None = None
@@ -119,9 +124,13 @@ class RoundingContract:
         return shown
 
 
+#: How a point is shown at which nothing is stored.
+KEPT = "kept"
+
+
 def _show(point: object) -> str:
     if point is None:
-        return "kept"
+        return KEPT
     if isinstance(point, Quantiser):
         return f"{point.codes.name} in blocks of {point.block}"
     return str(point.value) if isinstance(point, Enum) else str(getattr(point, "name", point))

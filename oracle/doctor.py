@@ -39,7 +39,7 @@ def require_case(case: Case, device: str) -> None:
     """Raise ConfigError, before a worker starts, unless ``device`` here can run ``case``."""
     require(device)
     InferenceOptions(experts_backend=case.backend).check(case.config)
-    choose_backend(case.backend, case.config, torch.device(device))
+    choose_backend(case.backend, case.config, torch.device(device), ranks=case.ep_size)
     if case.config.router_dtype is not torch.float32:
         raise ConfigError(
             f"router_dtype ({dtype_name(case.config.router_dtype)}) has no router kernel: they "

@@ -48,6 +48,11 @@ class Enclosure:
     deviations: ClassVar[float] = LAMBDA
 
     @classmethod
+    def of(cls, value: Tensor, error: Tensor) -> Self:
+        """A value and one number for each element's error."""
+        return cls(value, error)
+
+    @classmethod
     def exact(cls, value: Tensor) -> Self:
         """A stored tensor, taken as it is."""
         value = value.double()

@@ -31,11 +31,10 @@ from twinmoe.oracle.golden.file import occupied
 from twinmoe.oracle.golden.record import SUBJECT, NotEquivalentError, check_recordable
 from twinmoe.oracle.golden.suites import suite, suites
 from twinmoe.oracle.golden.target import on_device, questions, shared_evenly
+from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import ConfigError
 from twinmoe.reference.published import PUBLISHED, published, scaled
-
-_DRAWN = {"cpu": ("p2p", "nvls", "gloo", "alltoall"), "cuda": ("p2p", "nccl", "alltoall")}
 
 #: Cases that are drawn, and ranks that share them, unless said otherwise.
 _CASES, _RANKS = 8, 2
@@ -116,7 +115,7 @@ def record_command(
         chosen = drawn_cases(
             cases or _CASES,
             ep_size=ep or _RANKS,
-            transports=_DRAWN[device],
+            transports=DEVICE_TRANSPORTS[device],
             draw_seed=seed or 0,
             model=scaled(published(model), scale or 1) if model else None,
             device=device,

@@ -35,6 +35,7 @@ _BEAM = 3
 #: What is stored at a point, in the plural.
 _TENSORS = {
     "logits": "router logits",
+    "scores": "router scores",
     "router_weights": "router weights",
     "weighted_input": "weighted inputs",
     "gate_up": "gate and up",
@@ -47,6 +48,10 @@ _TENSORS = {
     "shared_gate_up": "gate and up of the shared expert",
     "shared_output": "outputs of the shared expert",
 }
+
+
+#: What a router stores that never leaves the model's dtype: one difference, for one line of code.
+_NARROW_ROUTER = ("logits", "scores", "score_sum", "normalised_weights", "router_weights")
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Likeness:
 def moves_from(first: RoundingContract, config: MoEConfig, ranks: int) -> list[Move]:
     """Every single difference from ``first`` that would change a layer of ``config``."""
     model = FORMATS[config.dtype]
-    points = ["logits", "router_weights", "gate_up", "activation", "expert_output"]
+    points = ["logits", "scores", "router_weights", "gate_up", "activation", "expert_output"]
     points += ["weighted_input"] if config.router_weight_on_input else ["terms"]
     points += ["gate"] if config.gated else []
     points += ["combine"] if config.num_experts_per_tok > 1 else []
@@ -118,6 +123,9 @@ def moves_from(first: RoundingContract, config: MoEConfig, ranks: int) -> list[M
         how = "stored in the model's dtype" if kept else "kept in the accumulator's format"
         format_ = model if kept else wide if point == "weighted_input" else None
         moves.append(Move(((point, format_),), f"{_TENSORS[point]} are {how}"))
+    if config.norm_topk_prob:
+        says = "the router's logits, scores, sums and weights are all stored in the model's dtype"
+        moves.append(Move(tuple((point, model) for point in _NARROW_ROUTER), says))
     if config.num_experts_per_tok > 2:  # of two terms each is the first as well as the second
         # Not in any order: what allows more explains more, whatever the layer does.
         says = f"{_TENSORS['combine']}, best expert first, are stored in the model's dtype"

@@ -3,14 +3,14 @@
 Scores carry rounding error, so two experts whose scores nearly tie may be chosen in
 either order by correct implementations.  An observed set of experts is *admissible*
 when no expert left out is certainly better than one that was taken; the truth is then
-evaluated for the observed set.  Where the inputs of two scores are identical and
-exact, every deterministic scoring ties them exactly, and the contract's tie rule holds:
-the lowest expert id wins.
+evaluated for the observed set.  Where two scores, or their inputs, are identical and
+exact, they tie in every arithmetic, and the contract's tie rule holds: the lowest expert
+id wins.
 
 Legend: T tokens, H hidden_size, E experts, G groups, K experts per token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 
@@ -24,6 +24,9 @@ from twinmoe.reference.config import MoEConfig
 
 #: Sets of experts that are tried for one near-tied token of a subject without ids.
 TRIES = 512
+
+#: Puts a [T, E] tensor into a shape in which experts meet.
+Arrange = Callable[[Tensor], Tensor]
 
 
 def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format, deviations: float) -> Enclosure:
@@ -51,6 +54,12 @@ def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format, deviations: flo
     return Enclosure(s, spread / (s + spread.sqrt()) + 8 * u * s + underflow)
 
 
+def _stored(x: Enclosure, target: Format | None, carry: type[Enclosure]) -> Enclosure:
+    """``x`` stored in ``target``; its radius is what ``carry`` takes for one error."""
+    kept = rounded(carry.of(x.value, x.radius), target)
+    return Enclosure(kept.value, kept.error())
+
+
 @dataclass(frozen=True)
 class RoutingTruth:
     """Everything the judge knows about a batch's routing before seeing an answer.
@@ -65,8 +74,13 @@ class RoutingTruth:
     selection_TE: Enclosure
     bias_E: Tensor
     ids_TK: Tensor
-    fmt: Format
-    ties: Ties = Ties.LOWEST_ID
+    contract: RoundingContract
+    carry: type[Enclosure] = Enclosure
+
+    @property
+    def fmt(self) -> Format:
+        """What the router computes in."""
+        return self.contract.router
 
     @classmethod
     def of(
@@ -82,10 +96,11 @@ class RoutingTruth:
 
         Around a Spread, radii are root mean squares instead of what is allowed.
         """
-        fmt = contract.router
+        fmt, carry = contract.router, type(hidden_TH)
         carried = rounded(matmul(hidden_TH, router_EH, fmt, grade), contract.logits)
         logits = Enclosure(carried.value, carried.error())
         score = _score(config, logits, fmt, hidden_TH.deviations)
+        score = _stored(score, contract.scores, carry)
         bias = torch.zeros(config.num_experts, dtype=torch.float64)
         if correction_bias_E is not None:
             bias = correction_bias_E.double()
@@ -96,22 +111,25 @@ class RoutingTruth:
         ranked = ranked.masked_fill(~allowed, -torch.inf)
         order = ranked.sort(dim=-1, descending=True, stable=True).indices
         ids = order[:, : config.num_experts_per_tok]
-        return cls(config, logits, score, selection, bias, ids, fmt, contract.ties)
+        return cls(config, logits, score, selection, bias, ids, contract, carry)
 
     def weights(self, ids_TK: Tensor) -> Enclosure:
         """Router weights for chosen ids [T, K]: gather, renormalise, scale.
 
-        w = p / (S + 1e-20) moves by at most (e_p + w e_S) / (S - e_S); K + 3 roundings.
+        w = p / (S + 1e-20) moves by at most (e_p + w e_S) / (S - e_S); K + 3 roundings, and
+        those of the contract.
         """
         taken = ids_TK.clamp(min=0)
         p = Enclosure(self.score_TE.value.gather(1, taken), self.score_TE.radius.gather(1, taken))
         if self.config.norm_topk_prob:
             unit = self.fmt.unit
             sums = total(p, -1, self.fmt)
-            s, e_s = (sums.value + 1e-20)[:, None], sums.radius[:, None]
-            value = p.value / s
-            floor = (sums.value[:, None] - e_s).clamp(min=0) + 1e-20
-            p = Enclosure(value, (p.radius + value * e_s) / floor + 3 * unit * value)
+            sums = Enclosure(sums.value + 1e-20, sums.radius)
+            sums = _stored(sums, self.contract.score_sum, self.carry)[:, None]
+            value = p.value / sums.value
+            floor = (sums.value - sums.radius).clamp(min=1e-20)
+            p = Enclosure(value, (p.radius + value * sums.radius) / floor + 3 * unit * value)
+            p = _stored(p, self.contract.normalised_weights, self.carry)
         factor = torch.full((1, 1), self.config.routed_scaling_factor, dtype=torch.float64)
         # a kernel may hold the factor in the router's format
         held = (round_to(factor, self.fmt) - factor).abs()
@@ -200,25 +218,33 @@ class RoutingTruth:
         return (value - radius).nan_to_num(nan=lowest), (value + radius).nan_to_num(nan=lowest)
 
     def _tied_with(self, ids_TK: Tensor) -> Tensor:
-        """Bool [T, K, E]: whose score equals that of ids in any arithmetic: same exact inputs."""
-        exact = (self.logits_TE.radius == 0) & (self.ties is Ties.LOWEST_ID)
-        same = exact.gather(1, ids_TK)[:, :, None] & exact[:, None, :]
-        for part in (self.logits_TE.value, self.bias_E.expand_as(self.logits_TE.value)):
-            same &= part.gather(1, ids_TK)[:, :, None] == part[:, None, :]
-        return same
+        """Bool [T, K, E]: whose score equals that of ids in any arithmetic."""
+        return self._tied(
+            lambda part_TE: part_TE.gather(1, ids_TK)[:, :, None],
+            lambda part_TE: part_TE[:, None, :],
+        )
 
     def _tied_groups(self) -> Tensor:
         """Bool [T, G, G]: pairs of groups whose experts tie one by one, best first."""
-        order = _by_group(self.config, self.selection_TE.value).argsort(dim=-1)
-        z, radius = (
-            _by_group(self.config, part).gather(-1, order)
-            for part in (self.logits_TE.value, self.logits_TE.radius)
-        )
-        bias = _by_group(self.config, self.bias_E.expand_as(self.logits_TE.value))
-        bias = bias.gather(-1, order)
-        same = (z[:, :, None] == z[:, None, :]) & (bias[:, :, None] == bias[:, None, :])
-        exact = (radius == 0).all(dim=-1) & (self.ties is Ties.LOWEST_ID)
-        return same.all(dim=-1) & exact[:, :, None] & exact[:, None, :]
+        order_TGM = _by_group(self.config, self.selection_TE.value).argsort(dim=-1)
+
+        def ranked(part_TE: Tensor) -> Tensor:
+            return _by_group(self.config, part_TE).gather(-1, order_TGM)
+
+        return self._tied(
+            lambda part_TE: ranked(part_TE)[:, :, None],
+            lambda part_TE: ranked(part_TE)[:, None, :],
+        ).all(dim=-1)
+
+    def _tied(self, left: Arrange, right: Arrange) -> Tensor:
+        """Where experts tie in any arithmetic: certain logits or scores, and biases, are equal."""
+        bias_TE = self.bias_E.expand_as(self.score_TE.value)
+        certain = [
+            part.value.masked_fill(part.radius != 0, torch.nan)  # which equals nothing
+            for part in (self.logits_TE, self.score_TE)
+        ]
+        logits, scores, biases = (left(part) == right(part) for part in (*certain, bias_TE))
+        return (logits | scores) & biases & (self.contract.ties is Ties.LOWEST_ID)
 
     def _certainly_better(self, chosen_TE: Tensor, rivals_TE: Tensor) -> Tensor:
         """Bool [T]: does some rival certainly beat some chosen expert?

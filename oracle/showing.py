@@ -133,7 +133,7 @@ def _related(case: Case, rounds: Sequence[Round]) -> Iterator[Finding]:
     relation = RELATIONS[case.relation]
     shown = [[answer.observation for answer in answers] for answers in rounds]
     truth = rounds[0][0].scenario.truth()
-    contract = _in_any_order(rounds[0][0].contract, new_ids=case.relation == "relabelled_experts")
+    contract = _in_any_order(rounds[0][0].contract, relation.new_ids)
     for statement in relation.holds(case, shown[0], shown[1:]):
         if not isinstance(statement, Mapped):
             yield Finding(statement.stage, 0, None, None, statement.message, relation=relation.name)
@@ -152,7 +152,7 @@ def _outside(rows_TH: Tensor, truth: Truth, contract: RoundingContract) -> list[
     return judge(observations, truth, contract).findings
 
 
-def _in_any_order(contract: RoundingContract, *, new_ids: bool) -> RoundingContract:
+def _in_any_order(contract: RoundingContract, new_ids: bool) -> RoundingContract:
     """The contract without its promises on order: of ranks, and of experts that change ids."""
     wire = Wire.ANY_ORDER if contract.wire is Wire.RANK_ORDER else contract.wire
     by_id = contract.combine_order is Order.EXPERT_ID

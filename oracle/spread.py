@@ -35,9 +35,9 @@ class Spread(Enclosure):
     deviations: ClassVar[float] = 3**-0.5
 
     @classmethod
-    def of(cls, value: Tensor, rms: Tensor) -> Self:
+    def of(cls, value: Tensor, error: Tensor) -> Self:
         """A quiet error of this root mean square."""
-        return cls(value, _quiet(rms))
+        return cls(value, _quiet(error))
 
     @classmethod
     def exact(cls, value: Tensor) -> Self:

@@ -105,12 +105,24 @@ class Suggestion:
         """What differs from storing everything, as code; ``narrow`` is the model's format."""
         return as_code(fit.moves, self.config, narrow="narrow")
 
-    def code(self, fit: Fit) -> str:
-        """The contract as one would write it into a factory; ``narrow`` is the model's format."""
-        points = {"ties": Ties.ANY, **({} if self.ranks == 1 else _WIRED)}
+    def code(self, fit: Fit) -> list[str]:
+        """The contract as lines of a factory; ``narrow`` is the model's format.
+
+        The wire stands apart: a layer on one rank has none.
+        """
+        points: dict[str, Any] = {"ties": Ties.ANY}
         points |= {point: value for move in fit.moves for point, value in move.points}
-        changes = as_code([Move(tuple(points.items()), "")], self.config, narrow="narrow")
-        return f"replace(storage_contract('mine', config.dtype), {changes})"
+        usual = _WIRED if self.ranks > 1 else {}
+        wire = {point: points.pop(point, value) for point, value in usual.items()}
+        lines = [
+            f"contract = replace(storage_contract('mine', config.dtype), {self._code(points)})"
+        ]
+        if wire:
+            lines += ["if place.group:", f"    contract = replace(contract, {self._code(wire)})"]
+        return lines
+
+    def _code(self, points: dict[str, Any]) -> str:
+        return as_code([Move(tuple(points.items()), "")], self.config, narrow="narrow")
 
 
 def first_contract(dtype: torch.dtype, ranks: int) -> RoundingContract:

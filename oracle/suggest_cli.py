@@ -30,14 +30,21 @@ suggest_option = click.option(
     help="Guess where the layer of --subject rounds, for you to confirm.",
 )
 
+ranks_option = click.option(
+    "--ep", type=click.IntRange(1), default=1, show_default=True,
+    help="Ranks that --suggest-contract runs the layer on.",
+)  # fmt: skip
+
 
 def suggest(
     console: Console,
     progress: Progress,
     subject: str | None,
+    ep: int,
     draws: int,
     dtype: str,
     seed: int,
+    device: str,
     timeout: float,
     **_unused: Any,
 ) -> bool:
@@ -47,17 +54,19 @@ def suggest(
             "--suggest-contract has no layer to look at: add --subject package.module:factory"
         )
     name = PlainName(subject)
-    cases = _cases(name, draws, dtype, seed)
+    cases = _cases(name, ep, draws, dtype, seed)
     with progress("running the layer", len(cases)) as advance:
-        suggestion = suggest_contract(name, cases, timeout_s=timeout, advance=advance)
+        suggestion = suggest_contract(
+            name, cases, device=device, timeout_s=timeout, advance=advance
+        )
     console.print(fit_table(suggestion))
     console.print(_proposal(suggestion), markup=False, highlight=False, soft_wrap=True)
     return suggestion.best is None
 
 
-def _cases(name: PlainName, draws: int, dtype: str, seed: int) -> list[Case]:
-    """Dense cases on one rank; a relation or history would ask for more than a contract."""
-    drawn = calibration_cases(1, ("alltoall",), DTYPES[dtype], draws, seed)[:draws]
+def _cases(name: PlainName, ep_size: int, draws: int, dtype: str, seed: int) -> list[Case]:
+    """Dense cases; a relation or history would ask for more than a contract."""
+    drawn = calibration_cases(ep_size, ("alltoall",), DTYPES[dtype], draws, seed)[:draws]
     return [name.fit(replace(case, history="", relation="")) for case in drawn]
 
 
@@ -111,7 +120,8 @@ def _nearest(suggestion: Suggestion) -> str:
 
 def _paste(suggestion: Suggestion, fit: Fit) -> list[str]:
     """Lines for a factory, with the imports that they need."""
-    code = suggestion.code(fit)
+    written = suggestion.code(fit)
+    code = "\n".join(written)
     uses = [name for name in ("Order", "Ties", "Wire") if f"{name}." in code]
     lines = [
         "from dataclasses import replace",
@@ -122,4 +132,4 @@ def _paste(suggestion: Suggestion, fit: Fit) -> list[str]:
         lines.append(f"from twinmoe.oracle.rounding import {', '.join(formats)}")
     if "narrow" in code:
         lines.append("narrow = FORMATS[config.dtype]")
-    return [f"    {line}" for line in (*lines, f"contract = {code}")]
+    return [f"    {line}" for line in (*lines, *written)]

@@ -3,6 +3,8 @@
 Shapes: M rows (all ranks' tokens), K experts per row, S dispatched rows, H hidden_size.
 """
 
+from pathlib import Path
+
 from torch import Tensor
 
 from twinmoe.optimized.experts.choice import AUTO, choose_backend
@@ -14,13 +16,14 @@ from twinmoe.reference.weights import MoEWeights
 class InferenceGroupedMLP:
     """The experts of one rank, computed by the backend that suits layer and device.
 
-    ``backend_name`` says which one that is.  Nothing synchronises with the host and
-    every shape is fixed by the inputs' shapes, so a CUDA graph can capture a call.
+    ``backend_name`` says which one that is, and ``backend_why`` why.  Nothing synchronises with
+    the host and every shape is fixed by the inputs' shapes, so a CUDA graph can capture a call.
 
-    weights_local: this rank's shard.  backend: a name of ``choice.BACKENDS``, or "auto".
+    weights_local: this rank's shard.  backend: a name of ``choice.BACKENDS``, or "auto", which
+    goes by the measurements in ``record`` (see ``choose_backend``).
 
-    Raises ConfigError if the weights are not the rank's own experts, or if the backend
-    is unknown or cannot run this layer here.
+    Raises ConfigError if the weights are not the rank's own experts, if the backend
+    is unknown or cannot run this layer here, and if the record cannot be read.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class InferenceGroupedMLP:
         placement: Placement,
         rank: int,
         backend: str = AUTO,
+        record: Path | None = None,
     ) -> None:
         owned = placement.experts_of(rank)
         if weights_local.experts != owned:
@@ -37,9 +41,10 @@ class InferenceGroupedMLP:
                 f"weights of experts {weights_local.experts} do not belong on rank {rank}: it owns "
                 f"{owned}; pass weights.shard(placement, {rank})"
             )
-        chosen = choose_backend(backend, config, weights_local.w2_LHI.device)
-        self.backend_name = chosen.name
-        self._backend = chosen(config, weights_local, owned.start)
+        device = weights_local.w2_LHI.device
+        choice = choose_backend(backend, config, device, ranks=placement.ep_size, record=record)
+        self.backend_name, self.backend_why = choice.backend.name, choice.why
+        self._backend = choice.backend(config, weights_local, owned.start)
 
     def __call__(self, x_MH: Tensor, ids_MK: Tensor, weights_MK: Tensor, out_MH: Tensor) -> None:
         """See ``forward``."""

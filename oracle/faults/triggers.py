@@ -101,7 +101,8 @@ def runs_triton(case: Case) -> bool:
 
 def _backend(case: Case) -> str:
     device = torch.device("cpu" if INTERPRETED else "cuda")
-    return choose_backend(case.backend, case.config, device).name
+    choice = choose_backend(case.backend, case.config, device, ranks=case.ep_size)
+    return choice.backend.name
 
 
 def asks_again(case: Case) -> bool:

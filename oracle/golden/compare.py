@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.contract import KEPT
 from twinmoe.oracle.diagnose import diagnosis_of
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.failures import WorkerFailure
@@ -95,9 +96,14 @@ class Comparison:
         return [one for one in self.cases if not one.equivalent and not one.undecided]
 
     @property
+    def unanswered(self) -> bool:
+        """Anyone's layer failed in every case: then nothing was compared."""
+        return not self.target.is_own and all(one.verdict is None for one in self.cases)
+
+    @property
     def decided(self) -> bool:
         """Some case shows something, of which an undecided one shows nothing."""
-        return any(not one.undecided for one in self.cases)
+        return not self.unanswered and any(not one.undecided for one in self.cases)
 
     @property
     def equivalent(self) -> bool:
@@ -171,12 +177,14 @@ def require_norm(case: Case, forward: Forward, asked: Scenario, device: str) -> 
             f"({error}): nothing declares its roundings; record it again"
         ) from None
     points = dict(contract.rows())
-    if points != forward.points:
-        moved = [name for name in points if points[name] != forward.points.get(name)]
+    # a point that the file's version did not know was stored nowhere
+    recorded = dict.fromkeys(points, KEPT) | forward.points
+    if points != recorded:
+        moved = [name for name in points if points[name] != recorded[name]]
         raise GoldenError(
             f"golden case '{case}': contract {contract.name!r} now declares "
             f"{', '.join(f'{name} {points[name]}' for name in moved) or 'less than it did'}, "
-            f"recorded as {', '.join(str(forward.points.get(name)) for name in moved) or 'more'}: "
+            f"recorded as {', '.join(recorded[name] for name in moved) or 'more'}: "
             "a promise that changed needs a new recording"
         )
     stored = Enclosure(forward.tensors["value"], forward.tensors["radius"])

@@ -97,6 +97,7 @@ _ALL = (
         lambda case: _is_free(case) and _sums_regardless_of_ranks(case),
         lambda case: (changes.RelabelledExperts(case.seed),),
         _same_rows,
+        new_ids=True,
     ),
     Relation(
         "shifted_bias",

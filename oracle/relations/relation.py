@@ -44,6 +44,8 @@ class Relation:
 
     ``says`` in a sentence; ``applies`` to a case or does not; ``changes`` are shown after
     the case itself, on layers of their own; ``holds`` compares (case, unchanged, changed).
+    ``new_ids`` says that a change gives experts other ids, so that sums in the order of ids are
+    made in another one.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Relation:
     applies: Callable[[Case], bool]
     changes: Callable[[Case], tuple[Change, ...]]
     holds: Statement
+    new_ids: bool = False
 
 
 def rows_of(shown: Shown) -> Tensor:

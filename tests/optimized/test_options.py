@@ -14,6 +14,7 @@ from tests.optimized.exact import (
 )
 from tests.spmd import run_spmd
 from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.experts import BACKENDS
 from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
@@ -196,6 +197,13 @@ def check_ranks_that_differ(rank, group):
         message = differing(rank, group, build)
         assert_says(message, "asks for", "pass the same on all ranks")
         assert (f"rank {last} asks" in message) is (rank != last)
+
+    with pytest.MonkeyPatch.context() as machine:
+        if rank == last:  # as where a package is missing on one host
+            machine.setattr(BACKENDS["grouped_mm"], "unsupported", lambda *_: "not installed")
+        message = error_of(lambda: optimized(config, group))
+    assert_says(message, "computes experts with", "name one in experts_backend")
+    assert (f"rank {last} computes experts with triton" in message) is (rank != last)
 
     def misfit(odd):
         optimized(config, group, wire_dtype=torch.float16 if odd else torch.float32)

@@ -77,7 +77,8 @@ def test_the_path_report_says_what_runs_and_why():
         report = layer.path_report()
     assert str(report) == "graphed: p2p, triton experts, fused router"
     assert "nvls refused: rank 0: multicast_unavailable" in report.why
-    assert report.why == layer.transport_report()
+    assert report.why == f"{layer.transport_report()}; triton: asked for by name"
+    assert layer.path_report().why == "not in a graph; triton: asked for by name"
 
 
 def check_toggling(rank, group):

@@ -12,9 +12,11 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import silu
 
+from tests.oracle.mistaken_layers import Parts, factory_of
 from twinmoe.oracle.contract import Ties, storage_contract
 from twinmoe.oracle.plain_layer import PlainLayer
 from twinmoe.oracle.rounding import FORMATS
@@ -24,7 +26,10 @@ from twinmoe.reference.weights import MoEWeights
 
 #: What the storage contract stores, and what it keeps, by the points' names.
 STORED = ("gate_up", "activation", "expert_output")
-KEPT = ("logits", "router_weights", "gate", "terms", "combine")
+KEPT = ("logits", "scores", "router_weights", "gate", "terms", "combine")
+
+#: What a router stores that computes in the model's dtype from end to end.
+NARROW_ROUTER = ("logits", "scores", "score_sum", "normalised_weights", "router_weights")
 
 
 def answer(
@@ -36,9 +41,10 @@ def answer(
         return tensor.to(config.dtype).float() if point in stored else tensor
 
     x_TH = hidden_TH.float()
-    scores = kept("logits", x_TH @ weights.router_EH.float().T).softmax(dim=-1)
-    top_TK, ids_TK = scores.topk(config.num_experts_per_tok)
-    top_TK = kept("router_weights", top_TK / top_TK.sum(dim=-1, keepdim=True))
+    logits = kept("logits", x_TH @ weights.router_EH.float().T)
+    top_TK, ids_TK = kept("scores", logits.softmax(dim=-1)).topk(config.num_experts_per_tok)
+    sum_T1 = kept("score_sum", top_TK.sum(dim=-1, keepdim=True))
+    top_TK = kept("router_weights", kept("normalised_weights", top_TK / sum_T1))
     out_TH = torch.zeros(hidden_TH.shape)
     for expert in range(config.num_experts):
         token, slot = (ids_TK == expert).nonzero(as_tuple=True)
@@ -81,3 +87,20 @@ def summed_in_place(config: MoEConfig, weights: MoEWeights, _place: RankContext)
     contract = replace(stored, ties=Ties.ANY, terms=narrow, combine=narrow)
     points = (*STORED, "terms", "combine")
     return PlainLayer(lambda hidden_TH: answer(config, weights, hidden_TH, points), contract)
+
+
+def _summed_narrow(share_TH: Tensor, place: RankContext) -> Tensor:
+    if place.group is None:
+        return share_TH
+    narrow_TH = share_TH.bfloat16()
+    dist.all_reduce(narrow_TH, group=place.group)
+    return narrow_TH.float()
+
+
+#: Ranks' shares, and every sum of them, in bf16, which the contract does not say.
+narrow_wire = factory_of(Parts(reduce=_summed_narrow))
+
+
+def narrow_router(config: MoEConfig, weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """Softmax, top-k and division in the model's dtype, as gpt-fast's Mixtral does; undeclared."""
+    return _storing(config, weights, NARROW_ROUTER)

@@ -13,9 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from twinmoe.oracle.contract import storage_contract
+from twinmoe.oracle.contract import Ties, storage_contract
 from twinmoe.oracle.envelope import Enclosure, Grade
-from twinmoe.oracle.rounding import FP32
 from twinmoe.oracle.routing import RoutingTruth
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.router import TopKRouter
@@ -56,7 +55,8 @@ def truth_of_scores(config: MoEConfig, value_E: Tensor, radius_E: Tensor) -> Rou
     inexact = Enclosure(scores.value, torch.ones_like(scores.value))
     bias_E = torch.zeros(config.num_experts, dtype=torch.float64)
     ids_1K = TopKRouter(config, MoEWeights.random(config, 0)).select(scores.value)
-    return RoutingTruth(config, inexact, scores, scores, bias_E, ids_1K, FP32)
+    contract = replace(storage_contract("any", torch.float32), ties=Ties.ANY)
+    return RoutingTruth(config, inexact, scores, scores, bias_E, ids_1K, contract)
 
 
 # --- brute force: every score on a grid inside its interval, every way to break a tie --------

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from twinmoe.optimized.experts import choose_backend
+from twinmoe.optimized.experts.timings import Shape
 from twinmoe.oracle.bench import Row, slowest
-from twinmoe.oracle.bench_cli import bench, table
+from twinmoe.oracle.bench_cli import bench, expert_timings, table
+from twinmoe.reference.published import published, scaled
 
 
 def row(path: str, us: float, stage: str = "experts") -> Row:
@@ -37,12 +41,30 @@ def test_counts_that_are_none_are_refused() -> None:
         assert "write 1,2,4" in result.output or "use 1 or more" in result.output
 
 
+def test_experts_are_recorded_by_the_shape_of_a_share() -> None:
+    """Rows of all ranks, and the experts of one; what is no backend's time is left out."""
+    rows = [
+        Row("qwen3-30b-a3b", 2, 4, stage, path, us, 1.0)
+        for stage, path, us in (
+            ("experts", "triton", 5.0),
+            ("experts", "grouped_mm", 3.0),
+            ("layer", "p2p + triton", 1.0),
+        )
+    ]
+    device = torch.device("cpu")
+    timings = expert_timings(rows, 64, device)
+    shape = Shape.of(scaled(published("qwen3-30b-a3b"), 64), 2, device)
+    assert (shape.hidden_size, shape.local_experts) == (32, 64)
+    assert timings.quickest(shape, ["triton", "grouped_mm"]) == "grouped_mm"
+
+
 @pytest.mark.slow
 def test_every_stage_is_measured_on_every_path(tmp_path: Path) -> None:
     """Two ranks on a CPU: router, both collectives on both tiers, experts and layers."""
     file = tmp_path / "bench.json"
     options = ["--device", "cpu", "--gpus", "2", "--tokens", "2", "--scale", "64"]
     options += ["--model", "qwen3-30b-a3b", "--backend", "triton", "--json", str(file)]
+    options += ["--record", str(tmp_path / "mine.json")]
     result = CliRunner().invoke(bench, options)
     assert result.exit_code == 0, result.output
     rows = [Row(**values) for values in json.loads(file.read_text())["rows"]]
@@ -55,3 +77,8 @@ def test_every_stage_is_measured_on_every_path(tmp_path: Path) -> None:
         ("layer", "gloo + triton"),
     }
     assert all(r.us > 0 and r.floor_us > 0 for r in rows)
+    config = scaled(published("qwen3-30b-a3b"), 64)
+    recorded = {"ranks": 2, "record": tmp_path / "mine.json"}
+    choice = choose_backend("auto", config, torch.device("cpu"), **recorded)
+    assert choice.backend.name == "triton"
+    assert "the quickest measured" in choice.why

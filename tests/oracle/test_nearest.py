@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from tests.oracle.rounding_layers import KEPT, STORED, answer
+from tests.oracle.rounding_layers import KEPT, NARROW_ROUTER, STORED, answer
 from twinmoe.oracle import RankObservation, storage_contract
 from twinmoe.oracle.contract import Order, RoundingContract, Ties, Wire
 from twinmoe.oracle.contracts import on_device
@@ -25,7 +25,11 @@ SETS = [pick for size in (0, 1, 2) for pick in combinations((*STORED, *KEPT), si
 SHARED = [("shared_gate_up",), ("shared_output", "logits"), ("reduced", "gate_up"), ("reduced",)]
 
 #: What eager experts of Hugging Face transformers store, and what two kernels fused would.
-MORE = [("logits", "router_weights", "gate", "terms", "combine"), (*STORED, "router_weights")]
+MORE = [
+    ("logits", "router_weights", "gate", "terms", "combine"),
+    (*STORED, "router_weights"),
+    NARROW_ROUTER,
+]
 
 
 def config_of(dtype: torch.dtype, **changes: int) -> MoEConfig:
@@ -71,7 +75,7 @@ def test_every_pair_of_roundings_is_found(differs: tuple[str, ...]) -> None:
     assert search.found[best].outside == 0
 
 
-@pytest.mark.parametrize("differs", [*SETS[9::5], *MORE], ids="+".join)
+@pytest.mark.parametrize("differs", [*SETS[10::5], *MORE], ids="+".join)
 def test_so_it_is_in_fp16(differs: tuple[str, ...]) -> None:
     """Some of the pairs, and more than pairs, in the other narrow dtype."""
     _, best = found(config_of(torch.float16), differs)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from textwrap import dedent
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.oracle import plain_layers, rounding_layers
+from tests.oracle import mistaken_layers, plain_layers, rounding_layers
 from twinmoe.oracle import cli
-from twinmoe.oracle.contract import Ties, storage_contract
+from twinmoe.oracle.contract import RoundingContract, Ties, Wire, storage_contract
 from twinmoe.oracle.nearest import Move, moves_from
-from twinmoe.oracle.rounding import FORMATS, FP32
+from twinmoe.oracle.rounding import FORMATS, FP32, Format
 from twinmoe.oracle.suggest import Fit, Suggestion, first_contract
 from twinmoe.reference.config import MoEConfig
 
@@ -28,10 +30,10 @@ CONFIG = MoEConfig(
 )
 
 
-def suggest(layer: str, file: str = FILE) -> tuple[int, str]:
+def suggest(layer: str, file: str = FILE, *options: str) -> tuple[int, str]:
     """Exit code and output of the command."""
     run = ["calibrate", "--suggest-contract", "--subject", f"{file}:{layer}", "--draws", "4"]
-    result = CliRunner().invoke(cli.main, run)
+    result = CliRunner().invoke(cli.main, [*run, *options])
     return result.exit_code, result.stdout
 
 
@@ -55,6 +57,7 @@ def test_a_fused_layer_is_recognised() -> None:
     [
         ("two_roundings", {"logits", "gate_up"}),
         ("mixtral_as_in_transformers", {"logits", "router_weights", "gate", "terms", "combine"}),
+        ("narrow_router", set(rounding_layers.NARROW_ROUTER)),
     ],
 )
 def test_several_roundings_at_once_are_recognised(layer: str, points: set[str]) -> None:
@@ -66,11 +69,32 @@ def test_several_roundings_at_once_are_recognised(layer: str, points: set[str]) 
     assert {name for name in vars(stored) if vars(stored)[name] != vars(contract)[name]} == points
 
 
-def pasted(told: str) -> object:
-    """What the proposed lines make where a factory has its config."""
-    names: dict[str, object] = {"config": CONFIG}
+@pytest.mark.parametrize(
+    ("file", "layer", "payload"),
+    [
+        (mistaken_layers.__file__, "right", FP32),
+        (rounding_layers.__file__, "narrow_wire", FORMATS[CONFIG.dtype]),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_over_ranks_the_wire_is_recognised(file: str, layer: str, payload: Format) -> None:
+    """What travels between two ranks is proposed where there are two, and one rank has no wire."""
+    code, told = suggest(layer, file, "--ep", "2")
+    assert code == cli.EQUIVALENT, told
+    stored = replace(storage_contract("mine", CONFIG.dtype), ties=Ties.ANY)
+    assert pasted(told) == stored
+    wired = pasted(told, ranks=2)
+    assert (wired.wire, wired.partial) == (Wire.PER_HOP, payload)
+    assert replace(wired, wire=Wire.NONE, partial=None, reduced=None) == stored
+
+
+def pasted(told: str, ranks: int = 1) -> RoundingContract:
+    """What the proposed lines make where a factory has its config and its place."""
+    place = SimpleNamespace(group=None if ranks == 1 else object())
+    names: dict[str, Any] = {"config": CONFIG, "place": place}
     exec(dedent("".join(re.findall(r"^    .*\n", told, re.MULTILINE))), names)
-    return names["contract"]
+    contract: RoundingContract = names["contract"]
+    return contract
 
 
 def test_without_a_fit_the_nearest_is_told() -> None:
@@ -106,10 +130,16 @@ def test_the_proposed_code_declares_what_was_judged() -> None:
     """The line that is printed makes the contract that fitted, with a wire over several ranks."""
     fit = fit_of(gate=FORMATS[CONFIG.dtype], gate_up=None)
     one, two = Suggestion([fit], CONFIG), Suggestion([fit], CONFIG, ranks=2)
-    assert one.code(fit) == (
-        "replace(storage_contract('mine', config.dtype), gate=narrow, gate_up=None, ties=Ties.ANY)"
+    (line,) = one.code(fit)
+    assert line == (
+        "contract = replace(storage_contract('mine', config.dtype), "
+        "gate=narrow, gate_up=None, ties=Ties.ANY)"
     )
-    assert "partial=FP32, reduced=FP32, ties=Ties.ANY, wire=Wire.PER_HOP" in two.code(fit)
+    assert two.code(fit) == [
+        line,
+        "if place.group:",
+        "    contract = replace(contract, partial=FP32, reduced=FP32, wire=Wire.PER_HOP)",
+    ]
 
 
 def test_a_found_wire_replaces_the_first_one() -> None:
@@ -118,7 +148,7 @@ def test_a_found_wire_replaces_the_first_one() -> None:
     wire = next(move for move in moves if dict(move.points).get("partial") != FP32 and
                 "wire" in dict(move.points))  # fmt: skip
     fit = Fit(frozenset([wire]))
-    code = Suggestion([fit], CONFIG, ranks=2).code(fit)
+    code = "\n".join(Suggestion([fit], CONFIG, ranks=2).code(fit))
     assert code.count("partial=") == 1
     assert "partial=narrow" in code
 

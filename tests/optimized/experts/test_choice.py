@@ -30,7 +30,7 @@ def test_auto_prefers_grouped_mm():
 def test_auto_falls_back_to_triton_for_sizes_that_grouped_mm_refuses(setting):
     """A row of 12 bf16 values is no multiple of 16 bytes: the report says so."""
     config = config_of(**{setting: 12})
-    assert choose_backend("auto", config, CPU).name == "triton"
+    assert choose_backend("auto", config, CPU).backend.name == "triton"
     report = backend_report(config, CPU)
     assert report["triton"] is None
     assert report["grouped_mm"] is not None
@@ -40,12 +40,13 @@ def test_auto_falls_back_to_triton_for_sizes_that_grouped_mm_refuses(setting):
 def test_auto_follows_the_measured_order_on_a_gpu(monkeypatch):
     """The order of preference names every backend, and what cannot run is passed over."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H20")
     assert set(choice.PREFERENCE["cuda"]) == set(BACKENDS)
     cuda = torch.device("cuda")
-    assert choose_backend("auto", config_of(), cuda).name == "triton"
+    assert choose_backend("auto", config_of(), cuda).backend.name == "triton"
     assert list(backend_report(config_of(), cuda)) == list(choice.PREFERENCE["cuda"])
     monkeypatch.setattr(BACKENDS["triton"], "unsupported", lambda *_: "not today")
-    assert choose_backend("auto", config_of(), cuda).name == "grouped_mm"
+    assert choose_backend("auto", config_of(), cuda).backend.name == "grouped_mm"
 
 
 def test_forcing_a_backend_that_cannot_run_is_an_error_with_the_reason():

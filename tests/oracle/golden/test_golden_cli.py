@@ -14,6 +14,7 @@ from twinmoe.oracle import cli, golden_cli
 from twinmoe.oracle.golden import Golden, drawn_cases, save
 from twinmoe.oracle.trial import Trial
 
+LAYERS = Path(__file__).parents[1] / "plain_layers.py"
 Run = Callable[..., Result]
 
 
@@ -73,6 +74,15 @@ def test_a_worker_that_dies_is_an_error_of_its_case(run: Run, file: Path, tmp_pa
     root = Xml.parse(suite).getroot()
     assert int(root.get("errors", "0")) > 0
     assert len(root.findall("testcase")) == 2
+
+
+def test_a_layer_that_answers_nothing_has_no_verdict(run: Run, file: Path) -> None:
+    """Exit 2, as everywhere where nothing could be run; each case tells where the layer raised."""
+    result = run("compare", file, "--subject", f"{LAYERS}:raising")
+    assert result.exit_code == cli.COULD_NOT_RUN, result.output
+    assert "no such kernel" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last == f"could not run {LAYERS}:raising: no case was answered"
 
 
 _CHOICES = ("different ways", "--suite", "--case", "--model")
