@@ -36,10 +36,12 @@ class CudaGraph:
     def capture(self) -> Iterator[None]:
         """Record on a side stream; a host synchronisation inside raises."""
         before = launch.COUNTS.copy()
-        with torch.cuda.graph(self._graph):
-            yield
-        self._launches = launch.COUNTS - before
-        launch.COUNTS.subtract(self._launches)  # capturing launches nothing
+        try:
+            with torch.cuda.graph(self._graph):
+                yield
+        finally:
+            self._launches = launch.COUNTS - before
+            launch.COUNTS.subtract(self._launches)  # capturing launches nothing
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
@@ -52,6 +54,7 @@ class _Captured:
     """One bucket's graph and the static tensors it reads and writes."""
 
     graph: CpuGraph | CudaGraph
+    generation: int
     hidden_NH: Tensor
     num_valid: Tensor
     output_NH: Tensor
@@ -64,7 +67,8 @@ class GraphRunner:
 
     ``buckets`` are row counts per rank, ascending.  All ranks use the bucket of the rank
     with the most tokens, so that every rank replays the same collectives; a rank with
-    few or no tokens pads.  Graphs are captured on first use, by all ranks together.
+    few or no tokens pads.  Graphs are captured on first use, by all ranks together, and again
+    where their symmetric memory was replaced.
     """
 
     def __init__(self, layer: MoELayer, buckets: tuple[int, ...]) -> None:
@@ -99,7 +103,8 @@ class GraphRunner:
         Such a rank keeps nobody waiting: having been asked, its peers raise PeerError; with
         ``max_tokens`` given nobody may ask, and it replays with no tokens before it raises,
         so that its peers' answers stand.  A failed capture raises on all ranks, PeerError
-        where it did not fail.  A rank that dies is for the watchdog of the group.
+        where it did not fail.  Who waits for a rank that dies waits until somebody ends the
+        process: a kernel that waits has no timeout.
         """
         refusal = self._refusal(hidden_TH, max_tokens)
         if refusal is not None and self.layer.group is None:
@@ -138,11 +143,13 @@ class GraphRunner:
         )
 
     def capture(self, bucket: int) -> _Captured:
-        """The graph of ``bucket`` under the layer's current transport, captured once."""
-        key = (bucket, self.layer.transport.tier)
-        if key not in self._captured:
-            self._captured[key] = self._capture(bucket)
-        return self._captured[key]
+        """The graph of ``bucket`` under the layer's current transport and its memory."""
+        transport = self.layer.transport
+        key = (bucket, transport.tier)
+        captured = self._captured.get(key)
+        if captured is None or captured.generation != transport.generation:
+            captured = self._captured[key] = self._capture(bucket)
+        return captured
 
     # Tensors made in inference mode could never be written outside it again, replays included.
     @torch.inference_mode(False)
@@ -153,12 +160,18 @@ class GraphRunner:
         with all_or_none(doing, group):  # before the first collective that waits for all
             hidden_NH = torch.zeros(bucket, config.hidden_size, dtype=config.dtype, device=device)
             num_valid = torch.zeros(1, dtype=torch.int32, device=device)
-        with all_or_none(doing, group), self.layer.graphed():
-            self._warm_up(hidden_NH, num_valid)
-            graph = CudaGraph() if device.type == "cuda" else CpuGraph()
-            with graph.capture():
-                output_NH = self.layer(hidden_NH, num_valid)
-        return _Captured(graph, hidden_NH, num_valid, output_NH, taps=dict(self.layer.taps or {}))
+        transport = self.layer.transport
+        try:
+            with all_or_none(doing, group), self.layer.graphed():
+                self._warm_up(hidden_NH, num_valid)
+                graph = CudaGraph() if device.type == "cuda" else CpuGraph()
+                with graph.capture():
+                    output_NH = self.layer(hidden_NH, num_valid)
+        except Exception:
+            transport.mistrust()
+            raise
+        taps = dict(self.layer.taps or {})
+        return _Captured(graph, transport.generation, hidden_NH, num_valid, output_NH, taps=taps)
 
     def _warm_up(self, hidden_NH: Tensor, num_valid: Tensor) -> None:
         """Compile kernels and fill caches before recording; a CPU has neither."""

@@ -1,4 +1,4 @@
-"""What a forward of the layer takes.
+"""What a layer is made of, and what its forward takes.
 
 Legend: T tokens of this rank, H hidden_size.
 """
@@ -6,7 +6,45 @@ Legend: T tokens of this rank, H hidden_size.
 import torch
 from torch import Tensor
 
-from twinmoe.reference.config import MoEConfig
+from twinmoe.optimized.communication.eligibility import kernels_run_on
+from twinmoe.reference.config import ConfigError, MoEConfig
+from twinmoe.reference.weights import MoEWeights
+
+
+def check_weights(weights: MoEWeights) -> None:
+    """Raise ConfigError unless kernels, which read rows by address, can read these here."""
+    device = weights.router_EH.device
+    for name, tensor in weights.tensors().items():
+        if tensor.device != device or not tensor.is_contiguous():
+            raise ConfigError(
+                f"{name} with strides {tensor.stride()} on {tensor.device} must be contiguous and "
+                f"on {device}, where router_EH is: kernels read its rows by address; pass "
+                f"{name}.to({str(device)!r}).contiguous()"
+            )
+    if not kernels_run_on(device):
+        raise ConfigError(
+            f"weights on {device} have no kernels in this process: Triton runs compiled on CUDA "
+            "or interpreted on a CPU, not both; move them, or set TRITON_INTERPRET accordingly"
+        )
+
+
+def check_cuda(config: MoEConfig, device: torch.device) -> None:
+    """Raise ConfigError where this process' CUDA settings would change what the layer computes."""
+    if device.type != "cuda":
+        return
+    current = torch.cuda.current_device()
+    if device.index != current:
+        raise ConfigError(
+            f"weights on {device} are not on the current device (cuda:{current}), where kernels "
+            f"are launched: call torch.cuda.set_device({device.index}) first"
+        )
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if config.dtype is torch.float32 and precision == "tf32":
+        raise ConfigError(
+            f"dtype (torch.float32) is not kept by matrix products of fp32_precision "
+            f"({precision!r}): they cut operands to 11 bits; call "
+            "torch.set_float32_matmul_precision('highest')"
+        )
 
 
 def check_hidden(hidden_TH: Tensor, config: MoEConfig, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from twinmoe.optimized.communication.agreement import group_rank, group_size
 from twinmoe.optimized.communication.interface import Transport
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
-from twinmoe.optimized.inputs import check_hidden, check_num_valid
+from twinmoe.optimized.inputs import check_cuda, check_hidden, check_num_valid, check_weights
 from twinmoe.optimized.options import InferenceOptions, check_agreement
 from twinmoe.optimized.router import Routing
 from twinmoe.optimized.shared_expert import SideStream
@@ -65,7 +65,6 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config, self.weights, self.group = config, weights, group
         self.options = options or InferenceOptions()
-        self.device = weights.router_EH.device
         self._is_graphed = False
         #: Assign a dict to keep the intermediate tensors of each forward, by name.
         self.taps: dict[str, Tensor] | None = None
@@ -84,6 +83,9 @@ class MoELayer(nn.Module):
         self.options.check(config)
         self.placement = Placement(config.num_experts, size)
         weights.check(config, self.placement.experts_of(rank))
+        check_weights(weights)
+        self.device = weights.router_EH.device
+        check_cuda(config, self.device)
         self.experts = spec.experts(
             config,
             weights,
@@ -124,7 +126,8 @@ class MoELayer(nn.Module):
         """Turn the symmetric-memory kernels off or on again, on all ranks together.
 
         Collective.  Captured graphs keep the transport that they were captured with.  The
-        switch wins over a forced tier.  Raises TransportError, on all ranks, if they differ.
+        switch wins over a forced tier.  Raises, on all ranks, TransportError if they differ, and
+        SymmetricBufferOverflow if the pool would have to grow under captured graphs.
         """
         self.transport: Transport = select_transport(
             self.group,
@@ -139,12 +142,12 @@ class MoELayer(nn.Module):
             ),
             tier=None if disabled else self.options.transport,
             kill_switch=disabled,
+            pool=self.options.pool,
         )
         self.dispatcher = self._dispatcher_class(self.transport, self.options.wire_dtype)
 
     # --- forward ------------------------------------------------------------------------
 
-    @torch.no_grad()
     def forward(self, hidden_TH: Tensor, num_valid: Tensor | None = None) -> Tensor:
         """[T, H] to [T, H], both in the config's dtype.
 
@@ -156,10 +159,15 @@ class MoELayer(nn.Module):
         Raises ValueError for a tensor that does not fit.  The peers do not wait for a rank
         that raises before the first collective: on the eager path they raise PeerError, which
         names it; on the graphed path, where nobody may ask, it takes part with no tokens, so
-        that their answers stand.  A rank whose experts fail on the graphed path contributes
-        NaN.  One that passes another number of rows there, or a tensor that has none to count, or
-        that dies, is for the watchdog of the group.
+        that their answers stand.  A rank whose experts fail contributes NaN.  Who waits for one
+        that passes another number of rows on the graphed path, or a tensor that has none to count,
+        or that dies, waits until somebody ends the process: a kernel that waits has no timeout.
         """
+        # every cast of this layer is meant: autocast would add its own
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self._forward(hidden_TH, num_valid)
+
+    def _forward(self, hidden_TH: Tensor, num_valid: Tensor | None) -> Tensor:
         shared = None
         with self._nobody_waits(hidden_TH):
             check_hidden(hidden_TH, self.config, self.device)
@@ -189,7 +197,13 @@ class MoELayer(nn.Module):
             slots_TKH, weights_TK = _weigh_input(self.config, hidden_TH, routing.weights_TK)
         dispatched = self.eager_dispatcher.token_dispatch(slots_TKH, routing.ids_TK)
         x_SH, local_expert_S, metadata = dispatched
-        y_SH = self.experts.expert_rows(x_SH, local_expert_S)
+        try:
+            y_SH = self.experts.expert_rows(x_SH, local_expert_S)
+        except Exception:
+            # The peers wait for these rows: NaN cannot be taken for one.
+            nan_SH = torch.full_like(x_SH, torch.nan, dtype=self.experts.rows_dtype)
+            self.eager_dispatcher.token_combine(nan_SH, metadata)
+            raise
         y_TKH = self.eager_dispatcher.token_combine(y_SH, metadata)
         self._tap("ids", routing.ids_TK)
         self._tap("weights", routing.weights_TK)

@@ -23,6 +23,8 @@ class InferenceOptions:
     measured for this project.
     ``wire_dtype``: payload of the reduce-scatter, fp32 or the model's dtype.
     ``max_tokens_per_rank``: rows per rank that the symmetric buffers hold.
+    ``pool``: layers of one name share symmetric memory, and run one after another on one stream;
+    layers that overlap, two micro-batches in flight say, need names of their own.
     """
 
     transport: Tier | None = None
@@ -31,9 +33,15 @@ class InferenceOptions:
     experts_record: Path | None = None
     wire_dtype: torch.dtype = torch.float32
     max_tokens_per_rank: int = 256
+    pool: str = "ep"
 
     def check(self, config: MoEConfig) -> None:
         """Raise ConfigError for options that do not go with ``config``."""
+        if not isinstance(self.transport, Tier | None):
+            raise ConfigError(
+                f"transport ({self.transport!r}) is no tier: use one of "
+                f"{', '.join(map(str, Tier))}, or None for the best that all ranks can run"
+            )
         if self.wire_dtype not in (torch.float32, config.dtype):
             raise ConfigError(
                 f"wire_dtype ({self.wire_dtype}) must be torch.float32 or the model's dtype "
@@ -46,10 +54,12 @@ class InferenceOptions:
                 "disable_triton_nvls_kernels is set: the switch leaves plain collectives only; "
                 "drop one of the two"
             )
-        if self.max_tokens_per_rank < 1:
+        most = (2**31 - 1) // config.hidden_size
+        if type(self.max_tokens_per_rank) is not int or not 1 <= self.max_tokens_per_rank <= most:
             raise ConfigError(
-                f"max_tokens_per_rank ({self.max_tokens_per_rank}) must be at least 1: buffers "
-                "are sized from it; use the largest graph bucket"
+                f"max_tokens_per_rank ({self.max_tokens_per_rank!r}) must be an integer from 1 to "
+                f"{most}: buffers are sized from it, and kernels number their elements in 32 bits; "
+                "use the largest graph bucket"
             )
         if config.dtype is torch.float64:
             raise ConfigError(

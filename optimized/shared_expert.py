@@ -65,8 +65,13 @@ class SideStream:
             result = compute()
             return lambda: result
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            result = compute()
+        try:
+            with torch.cuda.stream(side):
+                result = compute()
+        except Exception:
+            # a capture that ends with a stream astray would hide this error
+            torch.cuda.current_stream().wait_stream(side)
+            raise
 
         def join() -> Tensor:
             current = torch.cuda.current_stream()

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-#: True when kernels run in Triton's interpreter, on CPU tensors.
-INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: True when kernels run in Triton's interpreter, on CPU tensors: as Triton reads its variable.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 __all__ = ["INTERPRETED", "tl", "triton"]

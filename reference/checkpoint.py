@@ -2,8 +2,9 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,21 +77,50 @@ def check_experts(experts: range, num_experts: int) -> None:
         )
 
 
-def prove_each_expert_once(
-    experts: range, num_experts: int, group: dist.ProcessGroup | None
-) -> None:
-    """Agree over ``group`` that its ranks together hold every expert exactly once.
+class HoldsExperts(Protocol):
+    """Loaded weights that say which experts they hold."""
 
-    A collective: every rank calls it, and all ranks raise CheckpointError together, naming the
-    experts and the ranks, or none does.
+    @property
+    def experts(self) -> range: ...  # noqa: D102 - see MoEWeights
+
+
+Loaded = TypeVar("Loaded", bound=HoldsExperts)
+
+
+def load_each_expert_once(
+    load: Callable[[], Loaded], num_experts: int, group: dist.ProcessGroup | None
+) -> Loaded:
+    """``load`` on every rank of ``group``, which together must hold every expert exactly once.
+
+    A collective: every rank calls it, and all ranks raise or none does.  Raises what ``load``
+    raised; CheckpointError, naming the ranks, where it raised on another one; and CheckpointError,
+    naming experts and ranks, for an expert that was loaded by no rank or by several.
     """
-    holdings: list[tuple[int, int]] = [(experts.start, experts.stop)]
+    loaded: Loaded | Exception
+    try:
+        loaded = load()
+    except Exception as error:  # whatever it is, the peers must not wait for this rank
+        loaded = error
+    mine = str(loaded) if isinstance(loaded, Exception) else loaded.experts
+    told: list[range | str] = [mine]
     if group is not None:
-        holdings = [(0, 0)] * dist.get_world_size(group)
-        dist.all_gather_object(holdings, (experts.start, experts.stop), group=group)
+        told = [mine] * dist.get_world_size(group)
+        dist.all_gather_object(told, mine, group=group)
+    if isinstance(loaded, Exception):
+        raise loaded
+    if failed := [f"rank {rank} ({why})" for rank, why in enumerate(told) if isinstance(why, str)]:
+        raise CheckpointError(
+            f"{', '.join(failed)} could not load its experts: a layer needs all of them; correct "
+            "it there, and load on all ranks again"
+        )
+    _require_each_once([held for held in told if isinstance(held, range)], num_experts)
+    return loaded
+
+
+def _require_each_once(holdings: Sequence[range], num_experts: int) -> None:
     holders: defaultdict[int, list[int]] = defaultdict(list)
-    for rank, (start, stop) in enumerate(holdings):
-        for expert in range(start, stop):
+    for rank, experts in enumerate(holdings):
+        for expert in experts:
             holders[expert].append(rank)
     problems = [
         f"expert {expert} was loaded by ranks {holders[expert]}"

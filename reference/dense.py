@@ -53,7 +53,8 @@ def dense_routing(
     choice_TE = scores_TE.detach()
     if weights.correction_bias_E is not None:
         choice_TE = choice_TE + weights.correction_bias_E.detach().to(dtype)
-    choice_TE = torch.where(torch.isnan(choice_TE), torch.finfo(dtype).min, choice_TE)
+    worst = torch.finfo(dtype).min
+    choice_TE = torch.where(choice_TE > worst, choice_TE, worst)  # NaN, which is not, included
     chosen_TE = _chosen(config, choice_TE)
     weights_TE = torch.where(chosen_TE, scores_TE, 0.0)
     if config.norm_topk_prob:

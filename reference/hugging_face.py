@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twinmoe.reference.checkpoint import CheckpointError, check_experts, prove_each_expert_once
+from twinmoe.reference.checkpoint import CheckpointError, check_experts, load_each_expert_once
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.from_hf import config_from_hf
 from twinmoe.reference.layout import TensorSpec, expected_tensors
@@ -99,12 +99,12 @@ class HuggingFaceCheckpoint:
     ) -> MoEWeights:
         """Read this rank's experts and prove over ``group`` that each expert was read once.
 
-        A collective when ``group`` is given.  Raises CheckpointError, for experts that were
-        read by no rank or by several on all ranks together.
+        A collective when ``group`` is given.  Raises CheckpointError, on all ranks together:
+        where one of them cannot read its own, and for experts read by no rank or by several.
         """
-        weights = self.weights(layer, placement.experts_of(rank))
-        prove_each_expert_once(weights.experts, self.config.num_experts, group)
-        return weights
+        return load_each_expert_once(
+            lambda: self.weights(layer, placement.experts_of(rank)), self.config.num_experts, group
+        )
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""

@@ -47,6 +47,11 @@ class MoELayer(nn.Module):
 
         Raises ConfigError for other tokens, and then PeerError on the other ranks.
         """
+        # every cast below is meant: autocast would add its own
+        with torch.autocast(self.device.type, enabled=False):
+            return self._forward(x_TH)
+
+    def _forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         with self.dispatcher.told_to_peers(self.device):
             self._check_input(x_TH)
             routing = self.router(x_TH)

@@ -57,7 +57,8 @@ class TopKRouter(nn.Module):
         if self.weights.correction_bias_E is not None:
             choice_TE = choice_TE + self.weights.correction_bias_E.detach().to(scores_TE.dtype)
         lowest = torch.finfo(choice_TE.dtype).min
-        choice_TE = choice_TE.masked_fill(choice_TE.isnan(), lowest)
+        # a NaN, and an expert that a bias of -inf disables, lose to all others of their group
+        choice_TE = choice_TE.masked_fill(choice_TE.isnan(), lowest).clamp(min=lowest)
         choice_TE = limit_to_groups(self.config, choice_TE)
         return best(choice_TE, self.config.num_experts_per_tok)
 

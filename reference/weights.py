@@ -81,9 +81,19 @@ class MoEWeights:
         """Read this rank's experts and prove over ``group`` that each expert was read once.
 
         A collective when ``group`` is given: every rank of the group calls it.  Raises
-        CheckpointError when the file is unusable or belongs to another config, and, on all
-        ranks together, when an expert was read by no rank or by several.
+        CheckpointError, on all ranks together, when the file of one is unusable or belongs to
+        another config, and when an expert was read by no rank or by several.
         """
+        return checkpoint.load_each_expert_once(
+            lambda: cls._load_share(path, config, placement.experts_of(rank), device),
+            config.num_experts,
+            group,
+        )
+
+    @classmethod
+    def _load_share(
+        cls, path: str | Path, config: MoEConfig, experts: range, device: torch.device | str | None
+    ) -> Self:
         stored = checkpoint.read_config(Path(path))
         if stored != config:
             different = [f.name for f in fields(config) if _differs(f.name, stored, config)]
@@ -91,9 +101,7 @@ class MoEWeights:
                 f"{path} holds a layer whose {', '.join(different)} differ(s) from the given "
                 "config: its weights have another meaning; use the config stored in the file"
             )
-        weights = cls.load(path, experts=placement.experts_of(rank), device=device)
-        checkpoint.prove_each_expert_once(weights.experts, config.num_experts, group)
-        return weights
+        return cls.load(path, experts=experts, device=device)
 
     def save(self, path: str | Path, config: MoEConfig) -> None:
         """Write a safetensors file that also carries ``config``.

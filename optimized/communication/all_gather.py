@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from twinmoe.optimized.communication.barrier import load_pads, meet
-from twinmoe.optimized.communication.multimem import Leaf, load_bases, store_to_all
+from twinmoe.optimized.communication.multimem import Leaf, fence_aliases, load_bases, store_to_all
 from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor, as_words
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run, sizes
@@ -41,20 +41,15 @@ def all_gather_kernel(
     bases = load_bases(buffer_ptrs, WORLD, THREADS)
     pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
     if LEADING_BARRIER:
-        meet(
-            pads, own_pad, epoch, rank, WORLD, THREADS,
-            has_previous_access=True, has_subsequent_access=True,
-        )  # fmt: skip
+        meet(pads, own_pad, epoch, rank, WORLD, THREADS)
         epoch += 1
     for i in tl.static_range(len(sources)):
         _push(
             sources[i], offsets[i], num_lanes[i], first_ctas[i], bases, multicast_ptr, rank,
             WORDS[i], BLOCKS[i], WORLD, LEAF,
         )  # fmt: skip
-    meet(
-        pads, own_pad, epoch, rank, WORLD, THREADS,
-        has_previous_access=True, has_subsequent_access=True,
-    )  # fmt: skip
+    fence_aliases(LEAF)  # peers read the rows at their own addresses
+    meet(pads, own_pad, epoch, rank, WORLD, THREADS)
 
 
 @triton.jit

@@ -38,22 +38,15 @@ else:
 
 
 @triton.jit
-def signal_pad_barrier(
-    signal_pad_ptrs,
-    rank,
-    WORLD: tl.constexpr,
-    THREADS: tl.constexpr,
-    has_previous_access: tl.constexpr,
-    has_subsequent_access: tl.constexpr,
-):
+def signal_pad_barrier(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """Meet this CTA's twins on all ranks; ``THREADS`` is WORLD rounded up to a power of two.
 
-    ``has_previous_access``: what this rank wrote or read before, its earlier kernels included, is
-    released to the peers.  ``has_subsequent_access``: what the peers released may be read, and
-    what they have finished reading may be overwritten, by all threads of this CTA.
+    What this rank wrote or read before, its earlier kernels included, is released to the peers;
+    what they released may be read, and what they have finished reading may be overwritten, by all
+    threads of this CTA.
     """
     pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
-    meet(pads, own_pad, epoch, rank, WORLD, THREADS, has_previous_access, has_subsequent_access)
+    meet(pads, own_pad, epoch, rank, WORLD, THREADS)
 
 
 @triton.jit
@@ -70,16 +63,7 @@ def load_pads(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr)
 
 
 @triton.jit
-def meet(
-    pads,
-    own_pad,
-    epoch,
-    rank,
-    WORLD: tl.constexpr,
-    THREADS: tl.constexpr,
-    has_previous_access: tl.constexpr,
-    has_subsequent_access: tl.constexpr,
-):
+def meet(pads, own_pad, epoch, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """`signal_pad_barrier` with what `load_pads` returned; the next epoch is one more."""
     peer = tl.arange(0, THREADS)
     is_peer = peer < WORLD
@@ -88,29 +72,16 @@ def meet(
     # before the one thread per peer signals on behalf of all.
     tl.debug_barrier()
     tl.store(own_pad + WORLD, epoch)
-    tl.atomic_xchg(
-        pads + rank,
-        epoch,
-        mask=is_peer,
-        sem="release" if has_previous_access else "relaxed",
-        scope="sys",
-    )
-    while _slowest(own_pad + peer, epoch, is_peer, has_subsequent_access) < 0:
+    tl.atomic_xchg(pads + rank, epoch, mask=is_peer, sem="release", scope="sys")
+    while _slowest(own_pad + peer, epoch, is_peer) < 0:
         _pause()
-    if has_subsequent_access:
-        tl.debug_barrier()
+    tl.debug_barrier()
 
 
 @triton.jit
-def _slowest(slots, epoch, is_peer, has_subsequent_access: tl.constexpr):
+def _slowest(slots, epoch, is_peer):
     # An atomic: a plain load in a loop may be served from a cache forever.
-    seen = tl.atomic_add(
-        slots,
-        0,
-        mask=is_peer,
-        sem="acquire" if has_subsequent_access else "relaxed",
-        scope="sys",
-    )
+    seen = tl.atomic_add(slots, 0, mask=is_peer, sem="acquire", scope="sys")
     # The difference is signed, so that epochs may wrap around.
     return tl.min(tl.where(is_peer, seen - epoch, 0))
 
@@ -118,9 +89,7 @@ def _slowest(slots, epoch, is_peer, has_subsequent_access: tl.constexpr):
 @triton.jit
 def barrier_kernel(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """Let no rank go on before all ranks have finished what they did before."""
-    signal_pad_barrier(
-        signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
-    )
+    signal_pad_barrier(signal_pad_ptrs, rank, WORLD, THREADS)
 
 
 def barrier(memory: SymmetricMemory, num_ctas: int) -> None:

@@ -23,6 +23,7 @@ class CollectiveTransport:
     """
 
     tier = Tier.COLLECTIVE
+    generation = 0  # no memory of its own
 
     def __init__(
         self, group: dist.ProcessGroup | None, device: torch.device, refusals: Refusals
@@ -56,6 +57,9 @@ class CollectiveTransport:
                 launch.sizes(partial),
             )
         return own.float()
+
+    def mistrust(self) -> None:
+        """Nothing to do: these collectives protect themselves."""
 
     def report(self) -> TransportReport:
         """See `Transport.report`."""

@@ -28,6 +28,10 @@ class Transport(Protocol):
     def world_size(self) -> int:
         """Number of ranks R."""
 
+    @property
+    def generation(self) -> int:
+        """Which memory the collectives run on: graphs captured on another one are void."""
+
     def all_gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Gather contiguous [n, ...] tensors along their first dimension: [R * n, ...] each.
 
@@ -48,6 +52,13 @@ class Transport(Protocol):
         """Sum `partial_buffer`'s rows over ranks; return this rank's, fp32 [num_rows / R, hidden].
 
         The summation order is the tier's: rank order for p2p, unspecified for the others.
+        """
+
+    def mistrust(self) -> None:
+        """Start the next collective as safely as if anything had been launched before it.
+
+        For all ranks, when a capture failed: what a rank launched last, it may now remember
+        otherwise than its peers.
         """
 
     def report(self) -> TransportReport:

@@ -43,6 +43,19 @@ def load_bases(buffer_ptrs, WORLD: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
+def fence_aliases(LEAF: tl.constexpr):
+    """Order what every thread did through the multicast address, and through ranks' own.
+
+    They are addresses of the same memory, and a barrier orders accesses through one of them only
+    (PTX ISA, ``fence.proxy``; CUDA C++ Programming Guide, "Use Multicast Mappings").
+    """
+    if LEAF == _MULTICAST:
+        tl.inline_asm_elementwise(
+            "fence.proxy.alias; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def store_to_all(
     value, offset, lane, element, live, bases, multicast_ptr, rank,
     WORLD: tl.constexpr, LEAF: tl.constexpr,

@@ -20,6 +20,10 @@ The regions belong to the pool, and so does this record: layers that share a poo
 It follows the order of launches on one stream.  A captured graph should therefore hold
 all-gather and reduce-scatter in turns, the gather first, as a layer does: replays then keep
 the order too.
+
+The record is kept by every rank for itself, and also while a graph is captured, when nothing is
+launched.  Where a capture fails on one rank, ranks may remember different things: then all of
+them call it UNKNOWN, and take the barrier.
 """
 
 from enum import Enum
@@ -28,6 +32,7 @@ from enum import Enum
 class Collective(Enum):
     """What was launched last on a pool."""
 
+    UNKNOWN = "unknown"
     BARRIER = "barrier"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
@@ -40,8 +45,8 @@ class CollectiveOrder:
         self._last = Collective.BARRIER
 
     def repeats(self, next_one: Collective) -> bool:
-        """Whether ``next_one`` would directly follow its like, unprotected."""
-        return self._last is next_one
+        """Whether ``next_one`` would, or might, directly follow its like, unprotected."""
+        return self._last in (next_one, Collective.UNKNOWN)
 
     def record(self, launched: Collective) -> None:
         """Note a launch."""

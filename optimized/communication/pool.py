@@ -6,6 +6,7 @@ region, never their own (see ``order.py``); a few unused bytes lie around each, 
 store is found by a test instead of corrupting the neighbour.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ _GUARD_PATTERN = 0xA5
 
 #: Every byte of a NaN, in all floating-point formats that travel.
 _POISON = 0xFF
+
+#: No two memories of a process have one number, those of released pools included.
+_generations = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class SymmetricPool:
     def install(self, memory: SymmetricMemory, capacity: Capacity, num_ctas: int) -> None:
         """Move to ``memory``: layers that hold this pool use it from their next call on."""
         self._memory = memory
+        #: Which memory this is: a graph captured on another one must not be replayed.
+        self.generation = next(_generations)
         self.capacity = capacity
         self.num_ctas = num_ctas
         self.order = CollectiveOrder()
@@ -143,6 +149,7 @@ class SymmetricPool:
         if self._memory is not None:
             self._memory.close()
         self._memory = None
+        self.generation = next(_generations)
 
     def _require(self, region: str, needed: int, available: int) -> None:
         if needed > available:

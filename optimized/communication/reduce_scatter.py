@@ -11,7 +11,7 @@ arrived.  Nothing stands at the end; see ``order.py`` for when that is safe.
 import torch
 
 from twinmoe.optimized.communication.barrier import signal_pad_barrier
-from twinmoe.optimized.communication.multimem import Leaf, load_bases, sum_from_all
+from twinmoe.optimized.communication.multimem import Leaf, fence_aliases, load_bases, sum_from_all
 from twinmoe.optimized.communication.packing import LaunchShape, PackedTensor
 from twinmoe.optimized.communication.symmetric_memory import SymmetricMemory
 from twinmoe.optimized.launch import run, sizes
@@ -42,9 +42,9 @@ def reduce_scatter_kernel(
     """Sum ``num_lanes`` lanes at byte ``offset`` of all buffers into fp32 ``out``."""
     # Before the wait, not after it: addresses never change, and loading them takes its time.
     bases = load_bases(buffer_ptrs, WORLD, THREADS)
-    signal_pad_barrier(
-        signal_pad_ptrs, rank, WORLD, THREADS, has_previous_access=True, has_subsequent_access=True
-    )
+    fence_aliases(LEAF)  # partial results were written at this rank's own address
+    signal_pad_barrier(signal_pad_ptrs, rank, WORLD, THREADS)
+    fence_aliases(LEAF)  # and are read through the switch
     for start in range(tl.program_id(0) * BLOCK, num_lanes, tl.num_programs(0) * BLOCK):
         lane = start + tl.arange(0, BLOCK)
         live = lane < num_lanes

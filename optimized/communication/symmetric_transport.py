@@ -39,6 +39,15 @@ class SymmetricTransport:
         self._refusals = refusals
         self._shape_refusals: dict[str, Refusal] = {}
 
+    @property
+    def generation(self) -> int:
+        """See `Transport.generation`."""
+        return self._pool.generation
+
+    def mistrust(self) -> None:
+        """See `Transport.mistrust`."""
+        self._pool.order.record(Collective.UNKNOWN)
+
     def all_gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Push all tensors in one launch; see `Transport.all_gather`."""
         check_gatherable(tensors, self._device)

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from twinmoe.optimized.communication.agreement import exchange, group_size, vote
+from twinmoe.optimized.communication.barrier import signal_pad_bytes
 from twinmoe.optimized.communication.collective_transport import CollectiveTransport
+from twinmoe.optimized.communication.cuda_symmetric_memory import available_signal_pad_bytes
 from twinmoe.optimized.communication.eligibility import (
     INJECTABLE,
     Refusals,
@@ -30,9 +32,8 @@ from twinmoe.optimized.communication.symmetric_transport import SymmetricTranspo
 from twinmoe.optimized.launch import capturing
 from twinmoe.optimized.triton_runtime import INTERPRETED
 
-#: Most CTAs of a collective: their signal pads fit PyTorch's 2048 bytes at up to 8 ranks.  The
-#: interpreter runs them one after another: more only cost there.
-_NUM_CTAS = 1 if INTERPRETED else 56
+#: Most CTAs of a collective.  The interpreter runs them one after another: more only cost there.
+_MOST_CTAS = 1 if INTERPRETED else 56
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ def select_transport(
     tier: Tier | None = None,
     kill_switch: bool = False,
     pool: str = "ep",
-    num_ctas: int = _NUM_CTAS,
+    num_ctas: int | None = None,
     inject: Set[str] = frozenset(),
 ) -> Transport:
     """Choose the transport of ``group`` (None: a single rank); a collective over it.
 
     ``tier`` None takes the best that all ranks can run; a named tier is taken or refused.
     ``kill_switch`` leaves only the collective tier.  ``pool`` names the kind of parallelism whose
-    memory is shared ("tp", "ep").  ``inject`` stages failures on this rank, see
-    `eligibility.INJECTABLE`.
+    memory is shared ("tp", "ep").  ``num_ctas`` None takes as many as serve, and as the signal pad
+    has room for.  ``inject`` stages failures on this rank, see `eligibility.INJECTABLE`.
 
     Raises, on all ranks alike: `TransportError` if the ranks disagree on the request or the named
     tier is refused; `SymmetricBufferOverflow` if a pool would have to grow under captured graphs.
@@ -72,6 +73,7 @@ def select_transport(
             "a replay would not repeat; select the transport before the capture"
         )
     device = torch.empty(0, device=device).device  # "cuda" becomes the current "cuda:0"
+    num_ctas = num_ctas or _ctas_for(group_size(group), device)
     request = _Request(tier, kill_switch, PoolRequest(pool, capacity, num_ctas))
     _agree(request, inject, group)
     symmetric_pool, refusals = _try_tiers(request, inject, group, device)
@@ -87,6 +89,17 @@ def select_transport(
     if chosen is Tier.NVLS:
         leaf = Leaf.MULTICAST_EMULATED if device.type == "cpu" else Leaf.MULTICAST
     return SymmetricTransport(symmetric_pool, leaf, device, refusals)
+
+
+def _ctas_for(world_size: int, device: torch.device) -> int:
+    """``_MOST_CTAS``, or as many of them as have a row on the signal pad: 56 at up to 8 ranks."""
+    if device.type == "cpu":
+        return _MOST_CTAS  # whose pads are as large as they have to be
+    try:
+        rows = available_signal_pad_bytes() // signal_pad_bytes(1, world_size)
+    except Exception:  # no symmetric memory here: that is told when it is asked for
+        return _MOST_CTAS
+    return max(1, min(_MOST_CTAS, rows))
 
 
 def _agree(request: _Request, inject: Set[str], group: dist.ProcessGroup | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twinmoe.optimized.experts.combine import combine
 from twinmoe.optimized.experts.slots import SlotPlan, plan_slots
+from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
 
@@ -18,7 +19,8 @@ from twinmoe.reference.weights import MoEWeights
 class ExpertBackend(ABC):
     """One way to compute this rank's experts; built once, run under captured graphs.
 
-    Implementations keep to fixed shapes and never synchronise with the host.
+    Implementations keep to fixed shapes and never synchronise with the host, but for what they
+    tune before a capture.
     """
 
     #: What users call it: in options, reports and messages.
@@ -34,6 +36,11 @@ class ExpertBackend(ABC):
     def unsupported(cls, config: MoEConfig, device: torch.device) -> str | None:
         """Say why this backend cannot run (value, reason, remedy); None if it can."""
 
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """What ``expert_rows`` returns: what is stored of an expert's output."""
+        return self.config.dtype
+
     @abstractmethod
     def forward(self, x_MH: Tensor, ids_MK: Tensor, weights_MK: Tensor, out_MH: Tensor) -> None:
         """See ``InferenceGroupedMLP.forward``."""
@@ -44,6 +51,16 @@ class ExpertBackend(ABC):
 
     def refresh(self) -> None:  # noqa: B027 - most backends derive nothing from the weights
         """Recompute, into the same storage, whatever layout was derived from the weights."""
+
+
+def without_kernels(device: torch.device) -> str | None:
+    """Say why Triton's kernels cannot run on ``device``; None if they can."""
+    if device.type == "cpu" and not INTERPRETED:
+        return (
+            "device (cpu) has no compiled kernels: Triton compiles for CUDA devices only; "
+            "move the layer to cuda or set TRITON_INTERPRET=1"
+        )
+    return None
 
 
 class SortedBackend(ExpertBackend):

@@ -8,6 +8,7 @@ experts.
 
 import functools
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -40,6 +41,10 @@ ROW_BYTES = 16
 FUSED_MOE = "cutlass_fused_moe"
 
 
+#: Held while the tuner, which is one for all layers and threads, is told what to choose from.
+_TUNING = threading.Lock()
+
+
 class Absence(Enum):
     """Why this backend does not run: the word that opens each reason."""
 
@@ -66,8 +71,8 @@ class FlashInferBackend(ExpertBackend):
     they are kept from its tuner (``declared_tactics``).
 
     Keeps a second copy of gated w13, because its rows are in another order.  Each new
-    number of rows is tuned at its first call: the default tactics reach a tenth of the
-    memory bandwidth.
+    number of rows is tuned at its first ``forward``: the default tactics reach a tenth of
+    the memory bandwidth.  ``expert_rows``, whose numbers of rows are any, keeps to those.
     """
 
     name = "flashinfer"
@@ -133,6 +138,7 @@ class FlashInferBackend(ExpertBackend):
         def compute() -> None:
             # Its table is looked up by bucket: this one holds exactly these rows.
             with (
+                _TUNING,
                 _declared_tactics_only(self._tuner),
                 self._tuner.autotune(fresh, tuning_buckets=(rows,)),
             ):
@@ -160,12 +166,15 @@ class FlashInferBackend(ExpertBackend):
 def _declared_tactics_only(tuner: Any) -> Iterator[None]:
     """Keep tactics from the tuner that round elsewhere than this backend declares.
 
-    FlashInfer (0.6.13) has no option for that, and to its tuner all are alike.
+    FlashInfer (0.6.13) has no option for that, and to its tuner all are alike.  One thread at a
+    time: the tuner is one for all, and other operations of FlashInfer pass through untouched.
     """
     choose_one = tuner.AutoTuner.choose_one
 
     def choose(self: Any, operation: str, runners: list[Any], *args: Any, **kwargs: Any) -> Any:
         kind = type(runners[0])
+        if not hasattr(runners[0], "fused_moe_runner"):
+            return choose_one(self, operation, runners, *args, **kwargs)
         every_tactic = kind.get_valid_tactics
         which = int(operation.endswith("gemm2"))
         kind.get_valid_tactics = lambda runner, *_: declared_tactics(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinmoe.optimized.experts.backend import SortedBackend
+from twinmoe.optimized.experts.backend import SortedBackend, without_kernels
 from twinmoe.optimized.experts.fused_kernels import expert_down, expert_gate_up
 from twinmoe.optimized.experts.slots import SlotPlan
 from twinmoe.optimized.launch import launch
@@ -68,6 +68,11 @@ class TritonBackend(SortedBackend):
 
     name = "triton"
 
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """See ``ExpertBackend.rows_dtype``: the accumulator's, unrounded."""
+        return torch.float32
+
     @classmethod
     def unsupported(cls, config: MoEConfig, device: torch.device) -> str | None:
         """See ``ExpertBackend.unsupported``."""
@@ -76,12 +81,7 @@ class TritonBackend(SortedBackend):
                 f"dtype ({config.dtype}) is not available: the kernels accumulate in fp32; use "
                 "the reference experts, or dtype float32, bfloat16 or float16"
             )
-        if device.type == "cpu" and not INTERPRETED:
-            return (
-                "device (cpu) has no compiled kernels: Triton compiles for CUDA devices only; "
-                "move the layer to cuda or set TRITON_INTERPRET=1"
-            )
-        return None
+        return without_kernels(device)
 
     def sorted_rows(self, x_MH: Tensor, weights_MK: Tensor | None, plan: SlotPlan) -> Tensor:
         """See ``SortedBackend.sorted_rows``; fp32."""

@@ -5,6 +5,7 @@ Shapes: M rows (all ranks' tokens), K experts per row, S dispatched rows, H hidd
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from twinmoe.optimized.experts.choice import AUTO, choose_backend
@@ -16,8 +17,9 @@ from twinmoe.reference.weights import MoEWeights
 class InferenceGroupedMLP:
     """The experts of one rank, computed by the backend that suits layer and device.
 
-    ``backend_name`` says which one that is, and ``backend_why`` why.  Nothing synchronises with
-    the host and every shape is fixed by the inputs' shapes, so a CUDA graph can capture a call.
+    ``backend_name`` says which one that is, and ``backend_why`` why.  Every shape is fixed by
+    the inputs' shapes, and nothing synchronises with the host (``flashinfer`` does, when it meets
+    a number of rows for the first time), so a CUDA graph can capture a call.
 
     weights_local: this rank's shard.  backend: a name of ``choice.BACKENDS``, or "auto", which
     goes by the measurements in ``record`` (see ``choose_backend``).
@@ -57,7 +59,8 @@ class InferenceGroupedMLP:
         padding rows, whose contents are never computed on.  weights_MK: fp32.  out_MH:
         [M, H], fp32 or the model dtype, may hold anything; every element is written,
         exact zeros in rows without a local expert.  The sum is taken in fp32 in the
-        order of k and rounded once.  All contiguous.
+        order of k and rounded once (``flashinfer`` rounds its terms and the sum to the
+        model dtype, whatever out_MH is).  All contiguous.
 
         Raises ValueError for a tensor that is not contiguous.
         """
@@ -78,10 +81,14 @@ class InferenceGroupedMLP:
         """Return the unweighted expert output of each already dispatched row.
 
         x_SH: [S, H] contiguous, in the model dtype.  local_expert_S: [S], every one a
-        local id in [0, L).  The result is [S, H], in the model dtype from backend
-        ``grouped_mm`` and in fp32 from ``triton``.
+        local id in [0, L).  The result is [S, H] in ``rows_dtype``.
         """
         return self._backend.expert_rows(x_SH, local_expert_S)
+
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """Dtype of ``expert_rows``: fp32 from ``triton``, the model dtype from the others."""
+        return self._backend.rows_dtype
 
     def refresh(self) -> None:
         """Follow weights that were overwritten in place; a captured graph stays valid."""

@@ -15,7 +15,8 @@ from tests.optimized.exact import (
     same_bits,
 )
 from twinmoe.optimized import launch
-from twinmoe.optimized.communication.errors import AllocationDuringCapture
+from twinmoe.optimized.communication.errors import AllocationDuringCapture, TransportError
+from twinmoe.optimized.communication.pool_setup import release_pools
 from twinmoe.optimized.cpu_graph import CaptureError, CpuGraph
 from twinmoe.optimized.graph import GraphRunner
 
@@ -160,6 +161,30 @@ def test_launches_are_counted_by_replay(runner):
     for _ in range(3):
         runner(hidden_TH)
     assert launch.COUNTS - before == {name: 3 * count for name, count in once.items()}
+
+
+def test_a_graph_of_released_memory_is_captured_again(runner):
+    """What was captured on symmetric memory that is gone is never replayed."""
+    hidden_TH = exact_tokens(CONFIG, 4)
+    before_TH, first = runner(hidden_TH), runner.capture(4)
+    release_pools(None)
+    with pytest.raises(TransportError, match="was released"):
+        runner(hidden_TH)
+    runner.layer.set_kill_switch(False)
+    assert same_bits(runner(hidden_TH), before_TH)
+    again = runner.capture(4)
+    assert again is not first
+    assert runner.layer.transport._pool.captured
+    assert runner.capture(4) is again
+
+
+def test_a_graph_of_collectives_has_no_memory_to_lose(runner):
+    """Captured under the kill switch, it outlives the pool."""
+    runner.layer.set_kill_switch(True)
+    first = runner.capture(4)
+    release_pools(None)
+    runner.layer.set_kill_switch(True)
+    assert runner.capture(4) is first
 
 
 def test_no_transport_is_chosen_inside_a_capture(runner):

@@ -21,6 +21,7 @@ from tests.optimized.exact import (
 from tests.spmd import run_spmd
 from twinmoe.optimized.communication.agreement import all_or_none
 from twinmoe.optimized.communication.eligibility import Tier
+from twinmoe.optimized.communication.order import Collective
 from twinmoe.optimized.experts import InferenceGroupedMLP
 from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.router import InferenceTopKRouter
@@ -64,6 +65,33 @@ def check_eager(rank, group):
     """Both twins' AlltoAll paths."""
     check_told(optimized(CONFIG, group), rank, group)
     check_told(reference(CONFIG, group), rank, group, error="ConfigError: tokens are")
+
+
+def check_experts(rank, group):
+    """The last rank's experts fail after the dispatch: what peers asked of them is NaN, no wait."""
+    bad = group.size() - 1
+    for backend in ("grouped_mm", "triton"):
+        layer = optimized(CONFIG, group, experts_backend=backend)
+        failing = mock.patch.object(
+            InferenceGroupedMLP, "expert_rows", failing_once(InferenceGroupedMLP, "expert_rows")
+        )
+        hidden_TH = exact_tokens(CONFIG, 6, seed=rank)
+        outcome = {}
+
+        def call(layer=layer, hidden_TH=hidden_TH, outcome=outcome):
+            outcome["rows"] = layer(hidden_TH)
+
+        with failing if rank == bad else nullcontext():
+            message = error_of(call)
+        if rank == bad:
+            assert message == "OSError: no luck with expert_rows"
+        else:
+            assert not message
+            ids_TK = layer.eager_router(hidden_TH).ids_TK
+            asked_T = (ids_TK >= layer.placement.experts_of(bad).start).any(dim=1)
+            assert torch.equal(outcome["rows"].isnan().any(dim=1), asked_T)
+            assert asked_T.any()
+        check_still_equal(layer, rank, group)
 
 
 def check_asked(rank, group):
@@ -132,6 +160,42 @@ def check_capture(rank, group):
         check_still_equal(runner, rank, group)
 
 
+def check_broken_capture(rank, group):
+    """The last rank's capture breaks between its collectives, so that ranks remember another last.
+
+    What follows starts with a barrier on all ranks, or the epochs would differ for ever.
+    """
+    bad = group.size() - 1
+
+    def broken(*_args, **_kwargs):
+        raise OSError("capture invalidated")
+
+    layer = optimized(CONFIG, group, transport=Tier.P2P)
+    runner = GraphRunner(layer, (4,))
+    failing = (
+        mock.patch.object(InferenceGroupedMLP, "forward", broken),
+        mock.patch.object(type(layer.transport), "reduce_scatter", only_with_peers(rank, bad)),
+    )
+    with failing[0] if rank == bad else nullcontext(), failing[1]:
+        message = error_of(lambda: runner(tokens_of(rank), max_tokens=4))
+    assert "capture invalidated" in message, message
+    for _ in range(2):
+        check_still_equal(lambda x: graphed_forward(layer, x, rows=4), rank, group)
+    check_still_equal(runner, rank, group)
+
+
+def only_with_peers(rank, bad):
+    """A reduce-scatter that is only noted, as in a capture; on the bad rank it fails unnoted."""
+
+    def call(transport, partial):
+        if rank == bad:
+            raise OSError("capture invalidated")
+        transport._launched(Collective.REDUCE_SCATTER)
+        return torch.zeros(len(partial) // transport.world_size, partial.shape[1])
+
+    return call
+
+
 def check_different_buckets(rank, group):
     """Ranks that capture for different maxima are told so, before they meet in a collective."""
     runner = GraphRunner(optimized(CONFIG, group), (4, 8))
@@ -143,9 +207,11 @@ def check_different_buckets(rank, group):
 def check_all(rank, group):
     """Every check, in one world."""
     check_eager(rank, group)
+    check_experts(rank, group)
     check_asked(rank, group)
     check_believed(rank, group)
     check_capture(rank, group)
+    check_broken_capture(rank, group)
     check_different_buckets(rank, group)
 
 

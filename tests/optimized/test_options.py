@@ -26,9 +26,25 @@ REFUSED_OPTIONS = {
         "wire_dtype (torch.float16) must be torch.float32 or the model's dtype (torch.bfloat16)",
         "use one of the two",
     ),
+    "a name": ({"transport": "p2p"}, "transport ('p2p') is no tier: use one of", "or None"),
+    "half a row": (
+        {"max_tokens_per_rank": 2.5},
+        "max_tokens_per_rank (2.5) must be an integer from 1 to",
+        "use the largest graph bucket",
+    ),
+    "true rows": (
+        {"max_tokens_per_rank": True},
+        "max_tokens_per_rank (True) must be an integer from 1 to",
+        "use the largest graph bucket",
+    ),
+    "more rows than can be numbered": (
+        {"max_tokens_per_rank": 2**27},
+        "max_tokens_per_rank (134217728) must be an integer from 1 to 134217727",
+        "use the largest graph bucket",
+    ),
     "no rows": (
         {"max_tokens_per_rank": 0},
-        "max_tokens_per_rank (0) must be at least 1: buffers are sized from it",
+        "max_tokens_per_rank (0) must be an integer from 1 to",
         "use the largest graph bucket",
     ),
     "forced and killed": (

@@ -1,5 +1,9 @@
 """The shared expert for inference: the reference on a CPU, and its stream."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from twinmoe.optimized.shared_expert import InferenceSharedExpert, SideStream
@@ -31,3 +35,24 @@ def test_without_streams_work_runs_when_it_is_started() -> None:
     join = SideStream(torch.device("cpu")).start(lambda: x * 2)
     x.zero_()
     assert torch.equal(join(), torch.full((3,), 2.0))
+
+
+def test_a_failure_beside_leaves_no_stream_astray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that ends with a stream astray would raise its own error over the real one."""
+    waits: list[tuple[str, str]] = []
+
+    def stream(name: str) -> SimpleNamespace:
+        def wait(other: SimpleNamespace) -> None:
+            waits.append((name, other.name))
+
+        return SimpleNamespace(name=name, wait_stream=wait)
+
+    def fails() -> torch.Tensor:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("current"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _side: nullcontext())
+    with pytest.raises(OSError, match="no memory"):
+        SideStream(torch.device("cuda", 0)).start(fails)
+    assert waits == [("side", "current"), ("current", "side")]

@@ -1,6 +1,7 @@
 """Swapping between the eager and the graphed path: never another answer, never a stuck state."""
 
 import pytest
+import torch
 
 from tests.optimized.exact import (
     error_of,
@@ -9,6 +10,7 @@ from tests.optimized.exact import (
     graphed_forward,
     optimized,
     random_tokens,
+    reference,
     same_bits,
 )
 from tests.spmd import run_spmd
@@ -79,6 +81,24 @@ def test_the_path_report_says_what_runs_and_why():
     assert "nvls refused: rank 0: multicast_unavailable" in report.why
     assert report.why == f"{layer.transport_report()}; triton: asked for by name"
     assert layer.path_report().why == "not in a graph; triton: asked for by name"
+
+
+def test_autocast_changes_nothing():
+    """Casts of the layer are meant; those that autocast would add are not made, in either twin."""
+    config = MoEConfig(
+        hidden_size=64, moe_intermediate_size=32, num_experts=16, num_experts_per_tok=4,
+        use_correction_bias=True, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    weights, hidden_TH = MoEWeights.random(config, 0), random_tokens(config, 64)
+    layer, twin = (
+        optimized(config, weights=weights, max_tokens_per_rank=64),
+        reference(config, weights=weights),
+    )
+    calls = (layer, twin, lambda x: graphed_forward(layer, x, rows=64))
+    before = [call(hidden_TH) for call in calls]
+    with torch.autocast("cpu", torch.bfloat16):
+        after = [call(hidden_TH) for call in calls]
+    assert all(map(same_bits, before, after))
 
 
 def check_toggling(rank, group):

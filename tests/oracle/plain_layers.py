@@ -90,6 +90,7 @@ def fused(config: MoEConfig, weights: MoEWeights, _place: RankContext) -> PlainL
     return PlainLayer(forward, storage_contract("undeclared", config.dtype))
 
 
+@runs(lambda config: config)
 def raising(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
     """A forward that does not get through."""
 

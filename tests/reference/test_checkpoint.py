@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.reference.inputs import EVERYTHING, assert_same_weights
 from tests.spmd import run_spmd
-from twinmoe.reference.checkpoint import CheckpointError, prove_each_expert_once
+from twinmoe.reference.checkpoint import CheckpointError, load_each_expert_once
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.weights import MoEWeights
@@ -158,6 +158,29 @@ def test_each_expert_is_loaded_by_exactly_one_rank(path, tmp_path):
 
 def test_a_lone_rank_has_to_load_everything():
     """Without a group the proof covers this process alone."""
-    prove_each_expert_once(range(8), 8, None)
-    with pytest.raises(CheckpointError, match="expert 6 was loaded by no rank"):
-        prove_each_expert_once(range(6), 8, None)
+    whole = MoEWeights.random(CONFIG, 1)
+    assert load_each_expert_once(lambda: whole, CONFIG.num_experts, None) is whole
+    half = whole.shard(Placement(CONFIG.num_experts, 2), 0)
+    with pytest.raises(CheckpointError, match="expert 8 was loaded by no rank"):
+        load_each_expert_once(lambda: half, CONFIG.num_experts, None)
+
+
+def _load_beside_a_rank_that_cannot(rank, group, path):
+    """Rank 1 has no file; return what is raised, and what can be loaded afterwards."""
+    placement, mine = Placement(CONFIG.num_experts, group.size()), path
+    if rank == 1:
+        mine = path.with_name("elsewhere.safetensors")
+    with pytest.raises(CheckpointError) as refusal:
+        MoEWeights.load_for_rank(mine, CONFIG, placement, rank, group)
+    return str(refusal.value), MoEWeights.load_for_rank(path, CONFIG, placement, rank, group)
+
+
+def test_nobody_waits_for_a_rank_that_cannot_load(path, tmp_path):
+    """All ranks raise, the others naming it and its reason; and all can load afterwards."""
+    answers = run_spmd(_load_beside_a_rank_that_cannot, 2, tmp_path, path, timeout=30)
+    (told, first), (own, second) = answers
+    assert own.endswith("nothing to load; write it with MoEWeights.save")
+    assert told.startswith("rank 1 (")
+    assert "elsewhere.safetensors does not exist" in told
+    assert "load on all ranks again" in told
+    assert [len(part.w2_LHI) for part in (first, second)] == [8, 8]

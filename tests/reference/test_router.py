@@ -143,6 +143,14 @@ def test_a_nan_score_loses_against_every_other():
     assert everyone.ids_TK.tolist() == [[3, 0, 2, 1]]
 
 
+def test_a_bias_that_disables_experts_opens_no_other_group():
+    """Where a kept group has fewer live experts than k, its dead ones fill up, lowest id first."""
+    bias = [0.0, 0.0, 0.0, 0.0, 9.0, -float("inf"), -float("inf"), -float("inf")]
+    settings = {"scoring_func": "sigmoid", "n_group": 2, "topk_group": 1, "group_score": "max"}
+    routing = route([0.0] * 8, bias, num_experts_per_tok=3, **settings)
+    assert routing.ids_TK.tolist() == [[4, 5, 6]]
+
+
 def test_a_nan_token_is_routed_like_a_tie():
     """All scores NaN: the lowest ids are taken within the groups, and the weights are NaN."""
     routing = route([float("nan")] * 8, num_experts_per_tok=3, n_group=4, topk_group=2)

@@ -130,6 +130,23 @@ def test_multicast_sums_accumulate_in_fp32(listings, architecture, lane, instruc
     assert f"multimem.ld_reduce.relaxed.sys.global.{instruction}" in ptx
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_aliases_are_fenced_on_both_sides_of_a_barrier(listings, architecture):
+    """Rows go in by one address and out by another, but only where there are two."""
+    for kernel, fences in {"all_gather": 1, "reduce_scatter": 2}.items():
+        for title, ptx in listings.items():
+            for leaf in (0, 1):
+                if title.startswith(f"{architecture} ptx {kernel} {leaf}"):
+                    assert ptx.count("fence.proxy.alias") == fences * leaf, title
+    gather = listings[f"{architecture} ptx all_gather 1"]
+    fence = gather.index("fence.proxy.alias")
+    assert gather.rindex("multimem.st") < fence < gather.rindex("atom.global.sys.release.exch")
+    scatter = listings[f"{architecture} ptx reduce_scatter 1 fp32 4"]
+    before, after = scatter.index("fence.proxy.alias"), scatter.rindex("fence.proxy.alias")
+    assert before < scatter.index("atom.global.sys.release.exch")
+    assert scatter.rindex("atom.global.sys.acquire") < after < scatter.index("multimem.ld_reduce")
+
+
 #: How the assembler spells .acc::f32: an addition in a higher precision than the operands'.
 WIDE_ADD = {"sm_90": "F32ADD", "sm_100": "HPADD"}
 

@@ -1,10 +1,13 @@
 """The choice: one tier for all ranks, with reasons, whatever fails on whichever rank."""
 
+import pytest
 import torch
 
 from tests.optimized.communication.workers import CPU, choose, message_of
 from tests.spmd import run_spmd
 from twinmoe.optimized.communication import INJECTABLE, Capacity, Refusal, Tier
+from twinmoe.optimized.communication import transport as choice
+from twinmoe.optimized.communication.barrier import signal_pad_bytes
 from twinmoe.optimized.communication.eligibility import highest_open, refused_multicast
 from twinmoe.optimized.communication.pool_setup import release_pools
 
@@ -136,6 +139,22 @@ def test_multicast_needs_an_address_and_a_recent_gpu(monkeypatch):
     assert refused_multicast(gpu, 4096, emulate=False) is Refusal.COMPUTE_CAPABILITY
     assert refused_multicast(CPU, 0, emulate=False) is Refusal.MULTICAST_UNAVAILABLE
     assert refused_multicast(CPU, 0, emulate=True) is None
+
+
+@pytest.mark.parametrize(("ranks", "ctas"), [(1, 56), (8, 56), (9, 51), (16, 30), (72, 7)])
+def test_large_groups_take_fewer_programs(monkeypatch, ranks, ctas):
+    """As many as have a row on PyTorch's signal pad of 2048 bytes, at most 56."""
+    monkeypatch.setattr(choice, "_MOST_CTAS", 56)
+    monkeypatch.setattr(choice, "available_signal_pad_bytes", lambda: 2048)
+    gpu = torch.device("cuda", 0)
+    assert choice._ctas_for(ranks, gpu) == ctas
+    assert signal_pad_bytes(ctas, ranks) <= 2048
+
+    def without_symmetric_memory():
+        raise ImportError("no _symmetric_memory in this build")
+
+    monkeypatch.setattr(choice, "available_signal_pad_bytes", without_symmetric_memory)
+    assert choice._ctas_for(ranks, gpu) == 56
 
 
 def test_the_report_reads_as_text():

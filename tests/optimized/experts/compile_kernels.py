@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twinmoe.optimized.experts import slots
+from twinmoe.optimized.experts import fused, grouped_mm, slots
 from twinmoe.optimized.experts.choice import BACKENDS
 from twinmoe.optimized.router import InferenceTopKRouter
 from twinmoe.optimized.triton_runtime import INTERPRETED, triton
@@ -98,13 +98,15 @@ def compile_layer(settings: dict[str, Any], rows: int) -> dict[str, list[str]]:
         "experts.fused",
     ):
         _record_launches(f"twinmoe.optimized.{module}", recorded)
+    for module in (fused, grouped_mm):  # they only compile here, and run nowhere
+        module.without_kernels = lambda _device: None
     # What a kernel would have filled, and what PyTorch then indexes with.
     slots._sections = lambda sizes, _device: [torch.zeros(n, dtype=torch.int32) for n in sizes]
     x_MH = torch.zeros(rows, config.hidden_size, dtype=config.dtype)
     routing = InferenceTopKRouter(config, weights)(x_MH, torch.tensor(rows, dtype=torch.int32))
     routing.ids_TK.zero_()
-    for name, backend in BACKENDS.items():
-        if name == "triton" or backend.unsupported(config, x_MH.device) is None:
+    for backend in BACKENDS.values():
+        if backend.unsupported(config, x_MH.device) is None:
             experts = backend(config, weights, 0)
             experts.forward(x_MH, routing.ids_TK, routing.weights_TK, torch.empty_like(x_MH))
     return {kernel.fn.__name__: sorted(compiled(kernel, a, k)) for kernel, a, k in recorded}

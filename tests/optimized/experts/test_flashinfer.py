@@ -99,9 +99,16 @@ def test_the_tuner_s_own_list_is_restored(fake: FakeFlashInfer) -> None:
         def get_valid_tactics(self, *_: object) -> list[int]:
             return [1]
 
+    class Stranger:
+        """Another operation's, tuned by another thread meanwhile."""
+
+        def get_valid_tactics(self, *_: object) -> list[int]:
+            return [7, 8, 9]
+
     tuner, original = fake.autotuner.AutoTuner(), fake.autotuner.AutoTuner.choose_one
     with flashinfer._declared_tactics_only(fake.autotuner):
         first, second = (tuner.choose_one(f"moe::gemm{i}", [Runner()]) for i in (1, 2))
+        assert tuner.choose_one("fp4_gemm", [Stranger()]) == [7, 8, 9]
     assert (first, second) == declared_tactics(8, 14)
     assert tuner.choose_one("moe::gemm2", [Runner()]) == [1]
     assert fake.autotuner.AutoTuner.choose_one is original
