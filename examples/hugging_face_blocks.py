@@ -1,6 +1,7 @@
 """MoE blocks of Hugging Face transformers before the judge: releases 4.57, and 5 from 5.17 on.
 
     twinmoe check --subject examples/hugging_face_blocks.py:mixtral
+    twinmoe check --subject examples/hugging_face_blocks.py:qwen2_moe
     twinmoe check --subject examples/hugging_face_blocks.py:qwen3_moe
     twinmoe check --subject examples/hugging_face_blocks.py:deepseek_v3
 
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from twinmoe.oracle import RoundingContract, Taps, storage_contract
@@ -51,7 +53,7 @@ def eager_contract(name: str, config: MoEConfig, *points: str) -> RoundingContra
     return replace(stored, ties=Ties.ANY, gate=narrow, **dict.fromkeys(points, narrow))
 
 
-# --- Mixtral and Qwen3-MoE --------------------------------------------------------------------
+# --- Mixtral, Qwen3-MoE and Qwen2-MoE ---------------------------------------------------------
 
 #: The router is a linear layer of the model's dtype; weight * output is cast to that dtype, and
 #: ``index_add_`` sums in it.
@@ -92,6 +94,41 @@ def qwen3_moe(config: MoEConfig, weights: MoEWeights, place: RankContext) -> Pla
     )
     contract = eager_contract("qwen3_moe", config, *SOFTMAX_POINTS, "router_weights")
     return layer_of(filled(block, config, weights, place), contract)
+
+
+#: The shared expert's gate is a linear layer and a sigmoid of the model's dtype.
+SHARED_GATE_POINTS = ("shared_gate_logits", "shared_gate_weights", "shared_terms")
+
+
+def like_qwen2(config: MoEConfig) -> MoEConfig:
+    """The layers that Qwen2MoeSparseMoeBlock can be: always with a gated shared expert."""
+    return neutral(
+        config,
+        reads=("norm_topk_prob", "hidden_act"),
+        shared_expert_intermediate_size=config.shared_expert_intermediate_size or 24,
+        shared_expert_gate=True,
+    )
+
+
+@runs(like_qwen2)
+def qwen2_moe(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """Qwen2MoeSparseMoeBlock: Qwen3's routed experts beside a shared one behind a sigmoid."""
+    block = Qwen2MoeSparseMoeBlock(
+        Qwen2MoeConfig(
+            hidden_size=config.hidden_size,
+            moe_intermediate_size=config.moe_intermediate_size,
+            shared_expert_intermediate_size=config.shared_expert_intermediate_size,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            hidden_act=config.hidden_act,
+            **EAGER,
+        )
+    )
+    points = (*SOFTMAX_POINTS, "router_weights", *SHARED_GATE_POINTS)
+    return layer_of(
+        filled(block, config, weights, place), eager_contract("qwen2_moe", config, *points)
+    )
 
 
 # --- DeepSeek-V3 ------------------------------------------------------------------------------
@@ -171,7 +208,11 @@ def filled(block: Any, config: MoEConfig, weights: MoEWeights, place: RankContex
     block.gate.weight.copy_(weights.router_EH)
     fill_experts(block.experts, weights.w13_LFH, weights.w2_LHI)
     if weights.shared_w13_FH is not None and weights.shared_w2_HI is not None:
-        fill_mlp(block.shared_experts, weights.shared_w13_FH, weights.shared_w2_HI)
+        gated = weights.shared_gate_1H is not None
+        shared = block.shared_expert if gated else block.shared_experts
+        fill_mlp(shared, weights.shared_w13_FH, weights.shared_w2_HI)
+    if weights.shared_gate_1H is not None:
+        block.shared_expert_gate.weight.copy_(weights.shared_gate_1H)
     bias_E = weights.correction_bias_E
     if bias_E is not None:
         # 4.57 masks the experts of other groups with 0, not with -inf, which lets them in once

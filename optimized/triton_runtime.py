@@ -7,6 +7,7 @@ the first decoration: the very same kernel bodies then run on a laptop.
 """
 
 import os
+import warnings
 
 import torch
 
@@ -18,5 +19,11 @@ import triton.language as tl
 
 #: True when kernels run in Triton's interpreter, on CPU tensors: as Triton reads its variable.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+if INTERPRETED:
+    # NumPy warns of NaN and infinity, which a GPU computes with in silence.
+    warnings.filterwarnings(
+        "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
+    )
 
 __all__ = ["INTERPRETED", "tl", "triton"]

@@ -1,5 +1,6 @@
 """``twinmoe bench``: latencies per stage beside their floors and beside the other paths."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,16 +8,25 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from twinmoe.optimized.experts import BACKENDS, choose_backend
 from twinmoe.optimized.experts.timings import Shape, Timing, Timings
 from twinmoe.oracle import doctor
 from twinmoe.oracle.bench import LINK_RATE, MEMORY_RATE, Request, Row, measure, slowest
+from twinmoe.oracle.terminal import (
+    check_writable,
+    console,
+    json_option,
+    ranks_of,
+    timeout_option,
+)
 from twinmoe.oracle.torchrun import largest_world, open_world
+from twinmoe.reference.config import ConfigError
 from twinmoe.reference.published import PUBLISHED, published, scaled
 
-_console = Console()
+#: Tokens of a rank; more are no decode step, and symmetric memory would have to hold them.
+_MOST_TOKENS = 65536
 
 
 @click.command()
@@ -29,20 +39,21 @@ _console = Console()
 )
 @click.option("--tokens", default="1,4,16,64", show_default=True, help="Tokens of each rank.")
 @click.option(
-    "--backend", "backends", multiple=True, help="Expert backends; all usable by default."
-)
+    "--backend", "backends", multiple=True, type=click.Choice(list(BACKENDS)),
+    help="Expert backends; all usable by default.",
+)  # fmt: skip
 @click.option(
     "--scale", type=click.IntRange(1), default=1, help="Divide the models' widths by this."
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--timeout", type=click.FloatRange(min=1), default=180.0, show_default=True,
-    help="Seconds without progress that count as a hang.",
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True,
+    help="On a CPU the figures mean nothing.",
 )  # fmt: skip
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--seed", type=int, default=0, show_default=True)
+@timeout_option(180.0)
+@json_option
 @click.option(
-    "--record", "record_file", type=click.Path(dir_okay=False, path_type=Path),
+    "--record", "record_file", type=click.Path(path_type=Path),
     help="Add the experts' times to this file: InferenceOptions(experts_record=...) goes by it.",
 )  # fmt: skip
 def bench(
@@ -63,19 +74,26 @@ def bench(
     the time that the bytes of the experts in use, or the bytes on the links, need at least.
     """
     doctor.require(device)
+    check_writable(json_file, "--json")
+    check_writable(record_file, "--record")
+    sizes = ranks_of(gpus, "--gpus") if gpus else _sizes_here(device)
+    counts = _counts(tokens)
+    for model, size, backend in itertools.product(models, sizes, backends):
+        config = scaled(published(model), scale)
+        choose_backend(backend, config, torch.device(device), ranks=size)
     known = Timings()
     if record_file is not None and record_file.exists():
         known = Timings.load(record_file)
     rows: list[Row] = []
-    for size in _counts(gpus) if gpus else _sizes_here(device):
+    for size in sizes:
         with open_world(size, device, timeout) as world:
             for model in models:
                 config = scaled(published(model), scale)
                 config.check_ep_size(size)
-                for count in _counts(tokens):
+                for count in counts:
                     request = Request(model, config, count, tuple(backends), seed=seed)
                     rows += slowest(world.run(measure, request))
-    _console.print(table(rows))
+    console.print(table(rows))
     if json_file is not None:
         told = {"memory_rate": MEMORY_RATE, "link_rate": LINK_RATE, "versions": doctor.versions()}
         json_file.write_text(json.dumps(told | {"rows": [asdict(r) for r in rows]}, indent=1))
@@ -97,9 +115,9 @@ def table(rows: Sequence[Row]) -> Table:
     """One line per measurement; ``ratio`` is to the quickest path of the same stage and size."""
     shown = Table(title="microseconds in graph replay, slowest rank", title_justify="left")
     for name in ("model", "GPUs", "tokens/rank", "stage", "path"):
-        shown.add_column(name, no_wrap=True)
+        shown.add_column(name, overflow="fold")
     for name in ("us", "floor", "% of floor rate", "ratio"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=name != "% of floor rate")
     for row in rows:
         alike = [r.us for r in rows if _where(r) == _where(row)]
         shown.add_row(
@@ -121,9 +139,12 @@ def _counts(text: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of counts: write 1,2,4") from None
-    if min(counts) < 1:
-        raise click.BadParameter(f"{min(counts)} is not a count: use 1 or more")
+        raise ConfigError(f"--tokens ({text!r}) is not a list of counts: write 1,2,4") from None
+    if not 1 <= min(counts) <= max(counts) <= _MOST_TOKENS:
+        raise ConfigError(
+            f"--tokens ({text!r}) must be counts from 1 to {_MOST_TOKENS}: each rank holds so many "
+            "rows in symmetric memory; write 1,2,4"
+        )
     return counts
 
 

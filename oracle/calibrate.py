@@ -126,15 +126,23 @@ def calibration_cases(
 def _drawn(
     choose: random.Random, ep_size: int, transport: str, backend: str, dtype: torch.dtype, draw: int
 ) -> Case:
+    shared = choose.choice((0, 24))
+    gated = choose.random() < 0.8
     config = MoEConfig(
         hidden_size=choose.choice((96, 192, 384)),
         moe_intermediate_size=choose.choice((40, 64, 128)),
         num_experts=4 * ep_size,
         num_experts_per_tok=choose.choice((2, 3)),
         scoring_func=choose.choice(("softmax", "sigmoid")),
+        norm_topk_prob=choose.random() < 0.8,
         routed_scaling_factor=choose.choice((1.0, 2.5)),
         use_correction_bias=choose.random() < 0.5,
-        shared_expert_intermediate_size=choose.choice((0, 24)),
+        hidden_act=choose.choice(("silu", "silu", "gelu", "relu2")),
+        gated=gated,
+        swiglu_limit=choose.choice((None, None, 1.5)) if gated else None,
+        shared_expert_intermediate_size=shared,
+        shared_expert_gate=shared > 0 and choose.random() < 0.5,
+        router_weight_on_input=choose.random() < 0.2,
         dtype=dtype,
     )
     return Case(

@@ -2,17 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from twinmoe.oracle import cost, plots
@@ -26,13 +22,20 @@ from twinmoe.oracle.compare_criteria import (
     compare_criteria,
 )
 from twinmoe.oracle.criteria import CRITERIA, OURS
-from twinmoe.oracle.failures import WorkerFailure, account
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
-from twinmoe.oracle.subject_cli import subject_option, timeout_option
+from twinmoe.oracle.subject_cli import subject_option
 from twinmoe.oracle.suggest_cli import ranks_option, suggest, suggest_option
-from twinmoe.reference.config import DTYPES
-
-_console = Console()
+from twinmoe.oracle.terminal import (
+    Finite,
+    check_writable,
+    console,
+    device_option,
+    json_option,
+    progress,
+    say,
+    timeout_option,
+)
+from twinmoe.reference.config import DTYPES, ConfigError
 
 
 @click.command()
@@ -61,14 +64,14 @@ _console = Console()
     help="Of the cases that paths run.",
 )  # fmt: skip
 @click.option(
-    "--loosen", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+    "--loosen", type=Finite(min=0, min_open=True), default=1.0, show_default=True,
     help="Multiply every radius by this: judges the judge.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Save a picture.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-@timeout_option
+@device_option
+@click.option("--plot", type=click.Path(path_type=Path), help="Save a picture.")
+@json_option
+@timeout_option(15.0)
 @suggest_option
 @ranks_option
 @subject_option
@@ -80,31 +83,35 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
     Exit codes: 0 measured, 1 a correct layer was called wrong, or no contract fits
     somebody's layer, 2 could not run.
     """
-    try:
-        diagnosis.require(options["device"])
-        _check_targets(options["plot"], options["json_file"])
-        measure = _compare if comparing else _costs if costing else _calibrate
-        if suggesting:
-            measure = partial(suggest, _console, _progress)
-        alarms = measure(**options)
-    except WorkerFailure as failure:
-        click.echo(account(failure), err=True)
-        sys.exit(2)
-    except (plots.PlotError, click.ClickException) as error:
-        click.echo(f"twinmoe: {error}", err=True)
-        sys.exit(2)
+    diagnosis.require(options["device"])
+    _check_modes(comparing, costing, suggesting, options)
+    check_writable(options["json_file"], "--json")
+    if options["plot"] is not None:
+        plots.require_matplotlib(options["plot"])
+        check_writable(options["plot"], "--plot")
+    measure = _compare if comparing else _costs if costing else _calibrate
+    alarms = (suggest if suggesting else measure)(**options)
     sys.exit(1 if alarms else 0)
 
 
-def _check_targets(plot: Path | None, json_file: Path | None) -> None:
-    """Refuse what could not be saved, before minutes go into measuring it."""
-    if plot is not None:
-        plots.require_matplotlib(plot)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise click.ClickException(
-            f"--json ({json_file}) cannot be written: {json_file.parent} is not a directory; "
-            "create it first"
-        )
+def _check_modes(comparing: bool, costing: bool, suggesting: bool, options: dict[str, Any]) -> None:
+    """Raise ConfigError for options that would be passed over."""
+    modes = {
+        "--compare-criteria": comparing,
+        "--cost": costing,
+        "--suggest-contract": suggesting,
+    }
+    asked = [name for name, wanted in modes.items() if wanted]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} measure different things: ask for one at a time")
+    mode = asked[0] if asked else "a measurement of our own paths"
+    unused = {
+        "--subject": options["subject"] is not None and not suggesting,
+        "--plot": options["plot"] is not None and (costing or suggesting),
+        "--json": options["json_file"] is not None and suggesting,
+    }
+    if extra := [name for name, ignored in unused.items() if ignored]:
+        raise ConfigError(f"{' and '.join(extra)} would be ignored by {mode}: leave it out")
 
 
 def _compare(
@@ -116,9 +123,9 @@ def _compare(
     json_file: Path | None,
     **_unused: Any,
 ) -> bool:
-    with _progress("comparing criteria", draws * len(SUBJECTS)) as advance:
+    with progress("comparing criteria", draws * len(SUBJECTS)) as advance:
         table = compare_criteria(draws, size, seed, loosen=loosen, advance=advance)
-    _console.print(criteria_table(table))
+    console.print(criteria_table(table))
     if plot is not None:
         plots.draw_criteria(table, plot)
     if json_file is not None:
@@ -138,7 +145,7 @@ def _calibrate(
     **_unused: Any,
 ) -> bool:
     total = draws * len(EP_SIZES) * len(DEVICE_TRANSPORTS[device]) * len(BACKENDS)
-    with _progress("running paths", total) as advance:
+    with progress("running paths", total) as advance:
         records = calibrate_paths(
             draws,
             seed,
@@ -148,10 +155,10 @@ def _calibrate(
             timeout_s=timeout,
             advance=advance,
         )
-    _console.print(path_table(records))
+    console.print(path_table(records))
     alarms = [line for record in records for line in record.alarms]
     for line in alarms:
-        _console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     if plot is not None:
         plots.draw_paths(records, plot)
     if json_file is not None:
@@ -161,9 +168,9 @@ def _calibrate(
 
 
 def _costs(seed: int, json_file: Path | None, **_unused: Any) -> bool:
-    with _progress("judging", len(cost.SIZES)) as advance:
+    with progress("judging", len(cost.SIZES)) as advance:
         costs = list(cost.measure_costs(seed, advance))
-    _console.print(cost_table(costs))
+    console.print(cost_table(costs))
     if json_file is not None:
         measured = [
             {
@@ -176,19 +183,6 @@ def _costs(seed: int, json_file: Path | None, **_unused: Any) -> bool:
         ]
         json_file.write_text(json.dumps(measured, indent=2), encoding="utf-8")
     return any(not one.verdict.equivalent for one in costs)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=_console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
 
 
 def criteria_table(table: CriteriaTable) -> Table:

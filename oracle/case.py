@@ -28,7 +28,7 @@ MODES = ("eager", "graphed", "replayed")
 WIRES = ("fp32", "model")
 VALUES = ("normal", "positive", "outlier", "recorded", "integers")
 ROUTINGS = ("free", "one_expert", "one_rank", "ties", "equal", "near_ties", "silent")
-BIASES = ("mixed", "negative", "large", "nan")
+BIASES = ("mixed", "negative", "large", "nan", "fine")
 LAYOUTS = ("plain", "strided")
 PADDINGS = ("stale", "nan")
 

@@ -1,6 +1,7 @@
 """The main job: search every cell for a case on which the twins are not equivalent."""
 
 import hashlib
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,7 @@ class Plan:
     @property
     def asked(self) -> str:
         """The subject as an option on a command line, with a blank before it."""
-        return "" if self.subject is None else f" --subject {self.subject.text}"
+        return "" if self.subject is None else f" --subject {shlex.quote(self.subject.text)}"
 
     def fit(self, case: Case) -> Case:
         """``case`` as one that the subject can be asked."""

@@ -4,17 +4,16 @@ Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 130 interrupted.  A
 that raises is not equivalent if it answered other cases, and could not run if it answered none.
 """
 
-import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import torch
 from click.core import ParameterSource
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import report, torchrun
@@ -28,6 +27,7 @@ from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.golden_cli import golden
 from twinmoe.oracle.interrupts import heard_once
 from twinmoe.oracle.killswitch_cli import killswitch
+from twinmoe.oracle.plots import PlotError
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, EP_SIZES, Cell
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_cli import (
@@ -37,19 +37,28 @@ from twinmoe.oracle.subject_cli import (
     not_judged,
     plain_name,
     subject_option,
-    timeout_option,
 )
 from twinmoe.oracle.subject_spec import PlainName
+from twinmoe.oracle.terminal import (
+    COULD_NOT_RUN,
+    EQUIVALENT,
+    INTERRUPTED,
+    NOT_EQUIVALENT,
+    check_writable,
+    console,
+    device_option,
+    json_option,
+    progress,
+    ranks_of,
+    say,
+    timeout_option,
+)
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 from twinmoe.reference.published import PUBLISHED, published, scaled
 
-EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
-
 #: Random cases in each cell, by profile; pinned corners come on top.
 PROFILES = {"quick": 2, "ci": 2, "nightly": 40}
-
-_console = Console()
 
 
 class _Program(click.Group):
@@ -64,10 +73,18 @@ class _Program(click.Group):
         except click.UsageError as error:
             asked = error.ctx.command_path if error.ctx else "twinmoe"
             _end(f"{error.format_message().rstrip('.')}; see {asked} --help", COULD_NOT_RUN)
-        except (ConfigError, CaseError) as error:
+        except (ConfigError, CaseError, PlotError) as error:
             _end(str(error), COULD_NOT_RUN)
+        except WorkerFailure as failure:
+            click.echo(account(failure), err=True)  # anyone's file and line first, to click on
+            _end("a worker failed; no verdict", COULD_NOT_RUN)
         except click.Abort:
             _end("interrupted; no verdict", INTERRUPTED)
+        except OSError as error:  # a disk that is full, a reader that is gone
+            _end(f"{error}; no verdict", COULD_NOT_RUN)
+        except Exception:  # a mistake of this program is no verdict on anybody's layer
+            traceback.print_exc()
+            _end("this is a defect of twinmoe, and no verdict: please report it", COULD_NOT_RUN)
 
 
 def _end(message: str, code: int) -> NoReturn:
@@ -89,18 +106,14 @@ def _listed(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, s
 
 
 def _ep_sizes(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of sizes: write 1,2,4,8") from None
-    if min(sizes) < 1:
-        raise click.BadParameter(f"{min(sizes)} is not a group size: use 1 or more")
+    sizes = ranks_of(text, "--ep")
     if context.get_parameter_source(parameter.name or "") is ParameterSource.DEFAULT:
         largest = torchrun.largest_world() or max(sizes)
         return [size for size in sizes if size <= largest]
     return sizes
 
 
+@click.version_option(package_name="twinmoe")
 @click.group(
     cls=_Program, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
@@ -108,8 +121,17 @@ def main() -> None:
     """One MoE layer implemented twice, and a judge that decides whether they are equivalent."""
     # The judge's tensors are small, and the workers want the cores.
     torch.set_num_threads(1)
+    _keep_hypothesis_out_of_here()
     if torchrun.serve():
         sys.exit(EQUIVALENT)
+
+
+def _keep_hypothesis_out_of_here() -> None:
+    """Hypothesis would leave a folder where the user stands; no database of ours lies in it."""
+    context = click.get_current_context()
+    scratch = tempfile.TemporaryDirectory(prefix="twinmoe-")
+    set_hypothesis_home_dir(context.with_resource(scratch))
+    context.call_on_close(lambda: set_hypothesis_home_dir(None))
 
 
 @main.command(name="check")
@@ -127,20 +149,26 @@ def main() -> None:
     "--dtype", default="bf16,fp16,fp32", callback=_listed(("bf16", "fp16", "fp32")),
     show_default=True, help="Model dtypes.",
 )  # fmt: skip
-@click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True)
+@click.option(
+    "--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True,
+    help="How many random cases a cell has.",
+)  # fmt: skip
 @click.option(
     "--cases", type=click.IntRange(1), help="Random cases a cell, instead of a profile's."
 )
 @click.option("--model", type=click.Choice(list(PUBLISHED)), help="A published geometry.")
 @click.option("--scale", type=click.IntRange(1), help="Divide the model's widths by this.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random cases.")
 @click.option("--fault", default="", help="Plant this fault: the check must fail.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@timeout_option
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@device_option
+@timeout_option(15.0)
+@json_option
 @subject_option
 def check_command(**options: Any) -> None:
-    """Run both twins side by side over every path, and judge each output element."""
+    """Run both twins side by side over every path, and judge each output element.
+
+    Exit 0: equivalent.  Exit 1: not equivalent.  Exit 2: could not run.  Exit 130: interrupted.
+    """
     summary = _run_check(**asked_of_subject(options))
     if options["json_file"] is not None:
         report.write_json(summary, options["json_file"])
@@ -151,7 +179,7 @@ def check_command(**options: Any) -> None:
         verified = diagnosis.not_verified(options["device"])
     else:
         verified = not_judged(summary)
-    report.show(summary, _console, verified)
+    report.show(summary, console, verified)
     sys.exit(EQUIVALENT if summary.equivalent else NOT_EQUIVALENT)
 
 
@@ -172,8 +200,7 @@ def _run_check(**options: Any) -> Summary:
         subject,
     )
     plan.check()
-    if options["json_file"] is not None:
-        _check_writable(options["json_file"])
+    check_writable(options["json_file"], "--json")
     summary = _with_progress(plan, device, options["timeout"])
     if plan.fault and not summary.planted:
         raise ConfigError(
@@ -208,32 +235,12 @@ def _model(name: str | None, scale: int | None) -> MoEConfig | None:
     return None
 
 
-def _check_writable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(
-            f"--json ({path}) cannot be written: {path.parent} is not a directory; create it first"
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--json ({path}) cannot be written: no permission; choose another file")
-
-
 def _with_progress(plan: Plan, device: str, timeout_s: float) -> Summary:
-    columns = (
-        TextColumn("{task.description:32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     with (
-        Progress(*columns, console=_console, transient=True) as progress,
+        progress("starting workers", plan.total, columns=32) as advance,
         Trial(device, timeout_s, _names(plan.subject)) as trial,
     ):
-        task = progress.add_task("starting workers", total=plan.total)
-
-        def advance(result: Any, _case: Case) -> None:
-            progress.update(task, advance=1, description=_short(result.cell))
-
-        return check(plan, trial, advance)
+        return check(plan, trial, lambda result, _case: advance(_short(result.cell)))
 
 
 def _names(subject: PlainName | None) -> tuple[str, ...]:
@@ -246,11 +253,11 @@ def _short(cell: Cell) -> str:
 
 @main.command()
 @click.argument("case")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@timeout_option
+@device_option
+@timeout_option(15.0)
 @subject_option
 def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
-    """Run one CASE line again and print its verdicts."""
+    """Run one CASE line again and print its verdicts.  Exit codes are those of check."""
     parsed = Case.parse(case)
     diagnosis.require_case(parsed, device)
     _transports(parsed.transport, device)
@@ -263,21 +270,21 @@ def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
             if subject is not None:
                 click.echo(account(failure), err=True)
                 _end(f"{subject} gave no answer, so there is no verdict", COULD_NOT_RUN)
-            _console.print(f"{type(failure).__name__}: {failure}", markup=False, soft_wrap=True)
+            say(f"{type(failure).__name__}: {failure}")
             sys.exit(NOT_EQUIVALENT)
     for name, verdict in outcome.verdicts.items():
-        _console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
-        _console.print(f"  {verdict}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
+        say(f"  {verdict}")
     for mistake in outcome.diagnosis:
-        _console.print(f"this is what one gets if {mistake}", markup=False, soft_wrap=True)
+        say(f"this is what one gets if {mistake}")
     sys.exit(EQUIVALENT if outcome.equivalent else NOT_EQUIVALENT)
 
 
 @main.command()
 def doctor() -> None:
     """Say which transports and expert backends are available here, and why not the others."""
-    _console.print(diagnosis.table(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-    _console.print(diagnosis.versions(), highlight=False)
+    console.print(diagnosis.table(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    console.print(diagnosis.versions(), highlight=False)
 
 
 main.add_command(bench)

@@ -4,7 +4,7 @@ A contract is the only thing the judge believes about an implementation, and it 
 checked: a path that rounds elsewhere than it declares falls outside its envelope.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 
 import torch
@@ -45,6 +45,32 @@ class Order(Enum):
     ANY = "any order"
 
 
+class Weighs(Enum):
+    """What a router weight multiplies, unless the config's ``router_weight_on_input`` says.
+
+    ========== ==========================================================================
+    OUTPUT     the second GEMM's result
+    ACTIVATION the first GEMM's, activated: w2 is linear, so that only roundings differ
+    ========== ==========================================================================
+    """
+
+    OUTPUT = "outputs"
+    ACTIVATION = "activations"
+
+
+class Scales(Enum):
+    """What ``routed_scaling_factor`` multiplies: the router weights, or the routed sum."""
+
+    WEIGHTS = "router weights"
+    SUM = "routed sum"
+
+
+class AsRouted(Enum):
+    """At a point of the shared expert: as at the same point of routed ones."""
+
+    AS_ROUTED = "as routed"
+
+
 class Ties(Enum):
     """Which expert is taken where two scores are exactly equal."""
 
@@ -61,11 +87,14 @@ class RoundingContract:
     ``normalised_weights`` (each chosen score over that sum) and ``router_weights`` (scaled, as
     the experts meet them) are what is stored of it.  ``weighted_input``
     is the format of ``weight * hidden`` where the router weight is applied to the input,
-    ``terms`` that of ``weight * expert_output`` otherwise, ``gate`` that of the activated gate
-    before it meets up.  GEMMs accumulate in ``accumulator``, in any order.  ``combine`` is the
-    format of the running sum of a token's terms, which are added in ``combine_order``; None
-    sums them in the accumulator, in any order.  ``partial`` is the payload of the cross-rank
-    sum, ``reduced`` the format of its result.
+    ``weighted_activation`` and ``terms`` those of weighted activations and outputs where it
+    ``weighs`` these, ``gate`` that of the activated gate before it meets up.  GEMMs accumulate in
+    ``accumulator``, in any order.  ``combine`` is the format of the running sum of a token's
+    terms, which are added in ``combine_order``; None sums them in the accumulator, in any order.
+    ``partial`` is the payload of the cross-rank sum, ``reduced`` the format of its result, and
+    ``scaled`` that of the result times the routed scaling factor, if it ``scales`` the sum.  The
+    shared expert has points of its own; ``shared_gate_logits``, ``shared_gate_weights`` (their
+    sigmoid) and ``shared_terms`` (its weighted outputs) are of its gate.
 
     Raises TypeError for a ``torch.dtype``: a format also says how it rounds and overflows.
     """
@@ -84,6 +113,8 @@ class RoundingContract:
     gate_up: Format | None
     gate: Format | None = None
     activation: Format | None
+    weighs: Weighs = Weighs.OUTPUT
+    weighted_activation: Format | None = None
     quantise_activation: Quantiser | None = None
     expert_output: Format | None
     terms: Format | None = None
@@ -92,8 +123,15 @@ class RoundingContract:
     partial: Format | None
     wire: Wire
     reduced: Format | None
+    scales: Scales = Scales.WEIGHTS
+    scaled: Format | None = None
     shared_gate_up: Format | None
+    shared_activated_gate: Format | AsRouted | None = AsRouted.AS_ROUTED
+    shared_activation: Format | AsRouted | None = AsRouted.AS_ROUTED
     shared_output: Format | None
+    shared_gate_logits: Format | None = None
+    shared_gate_weights: Format | None = None
+    shared_terms: Format | None = None
     output: Format
 
     def __post_init__(self) -> None:
@@ -104,6 +142,18 @@ class RoundingContract:
                     f"{field.name} ({value}) is a dtype, and a contract names formats, which also "
                     f"say how they round: use twinmoe.oracle.rounding.FORMATS[{value}]"
                 )
+
+    @property
+    def of_shared_expert(self) -> "RoundingContract":
+        """The same contract, with the shared expert's points in the place of a routed one's."""
+        gate, activation = self.shared_activated_gate, self.shared_activation
+        return replace(
+            self,
+            gate_up=self.shared_gate_up,
+            gate=self.gate if isinstance(gate, AsRouted) else gate,
+            activation=self.activation if isinstance(activation, AsRouted) else activation,
+            expert_output=self.shared_output,
+        )
 
     @property
     def deterministic(self) -> bool:
@@ -124,13 +174,19 @@ class RoundingContract:
         return shown
 
 
-#: How a point is shown at which nothing is stored.
-KEPT = "kept"
+def default_rows() -> dict[str, str]:
+    """What :meth:`RoundingContract.rows` shows of a contract that leaves a point out."""
+    known = {field.name: field.default for field in fields(RoundingContract)}
+    return {
+        name.replace("_", " "): _show(default)
+        for name, default in known.items()
+        if default is not MISSING
+    }
 
 
 def _show(point: object) -> str:
     if point is None:
-        return KEPT
+        return "kept"
     if isinstance(point, Quantiser):
         return f"{point.codes.name} in blocks of {point.block}"
     return str(point.value) if isinstance(point, Enum) else str(getattr(point, "name", point))

@@ -2,25 +2,23 @@
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import own_contracts
+from twinmoe.oracle.terminal import console, device_option
 from twinmoe.reference.config import DTYPES, dtype_name
-
-_console = Console()
 
 
 @click.command()
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@device_option
 def contracts(dtype: str, device: str) -> None:
     """Show where each path declares that it rounds: what the judge holds it to."""
     for table in contract_tables(DTYPES[dtype], device):
-        _console.print(table)
+        console.print(table)
 
 
 def contract_tables(dtype: torch.dtype, device_type: str) -> list[Table]:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import faults_report
@@ -18,13 +16,20 @@ from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.ledger import Ledger
 from twinmoe.oracle.strategies import EP_SIZES
+from twinmoe.oracle.terminal import (
+    check_writable,
+    console,
+    device_option,
+    json_option,
+    progress,
+    say,
+    timeout_option,
+)
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import ConfigError
 
 #: Cases after which a fault counts as survivor, and a variant as harmless.
 _BUDGET, _BENIGN_CASES = 500, 24
-
-_console = Console()
 
 
 @click.command(name="faults")
@@ -37,17 +42,14 @@ _console = Console()
 @click.option(
     "--ep", "ep_sizes", help="Expert-parallel sizes; 1,2,4,8 by default, as far as there are GPUs."
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@device_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stream of cases.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=1), default=12.0, show_default=True,
-    help="Seconds without progress that count as a hang.",
-)  # fmt: skip
+@timeout_option(12.0)
 @click.option(
     "--ledger", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Known survivors, each with its public issue.",
 )  # fmt: skip
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+@json_option
 def faults(
     only: str,
     benign: bool,
@@ -66,6 +68,7 @@ def faults(
     case there can reach are listed; on a CPU there are none such.
     """
     diagnosis.require(device)
+    check_writable(json_file, "--json")
     chosen = _chosen(only, VARIANTS if benign else FAULTS)
     known = Ledger.load(ledger)
     if gone := known.unknown_names(name for fault in chosen for name in (fault.name, fault.id)):
@@ -79,13 +82,13 @@ def faults(
     hunts = _with_progress(chosen, stream, device, timeout, stop_at_first=not benign)
     seconds = time.perf_counter() - start
     if benign:
-        faults_report.show_benign(hunts, seconds, _console)
+        faults_report.show_benign(hunts, seconds, console)
         passed = not any(hunt.caught for hunt in hunts)
     else:
         reached = [hunt for hunt in hunts if device == "cpu" or hunt.ran]
-        faults_report.show(reached, seconds, known, _console)
+        faults_report.show(reached, seconds, known, console)
         if names := ", ".join(str(hunt.fault) for hunt in hunts if hunt not in reached):
-            _console.print(f"out of reach on {device}: {names}", highlight=False, soft_wrap=True)
+            say(f"out of reach on {device}: {names}")
         passed = bool(reached) and not faults_report.unexpected(reached, known)
     if json_file is not None:
         faults_report.write_json(hunts, seconds, json_file)
@@ -99,15 +102,15 @@ def _chosen(only: str, registry: dict[str, Fault]) -> list[Fault]:
     answers = [[fault for fault in registry.values() if _is(fault, name)] for name in wanted]
     if unknown := [name for name, found in zip(wanted, answers, strict=True) if not found]:
         raise ConfigError(
-            f"--only names {', '.join(unknown)}, which is not in the registry: use names, ids or "
-            f"classes of {', '.join(map(str, registry.values()))}"
+            f"--only ({only}) names {', '.join(map(repr, unknown))}, which is not in the registry: "
+            f"use names, ids or classes of {', '.join(map(str, registry.values()))}"
         )
     return list(dict.fromkeys(itertools.chain.from_iterable(answers)))
 
 
 def _is(fault: Fault, name: str) -> bool:
     """By its name, by its row in the catalogue, or by the class of that row: CL01 is a CL."""
-    return name in (fault.name, fault.id) or name == fault.id.rstrip("0123456789") != ""
+    return name != "" and name in (fault.name, fault.id, fault.id.rstrip("0123456789"))
 
 
 def _sizes(text: str | None, device: str) -> list[int]:
@@ -131,23 +134,16 @@ def _with_progress(
     *,
     stop_at_first: bool,
 ) -> list[Hunt]:
-    columns = (
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     with (
-        Progress(*columns, console=_console, transient=True) as progress,
+        progress("starting workers", len(chosen), columns=40) as advance,
         Trial(device, timeout_s, ("optimized",)) as trial,
     ):
-        task = progress.add_task("starting workers", total=len(chosen))
 
         def tell(fault: Fault, number: int) -> None:
-            progress.update(task, description=f"{fault}: case {number}"[:40])
+            advance(f"{fault}: case {number}"[:40], steps=0)
 
         hunts = []
         for fault in chosen:
             hunts.append(hunt(fault, stream, trial, tell, compare_plain=stop_at_first))
-            progress.advance(task)
+            advance()
         return hunts

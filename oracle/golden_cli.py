@@ -3,14 +3,11 @@
 Exit codes of ``compare``: 0 equivalent, 1 not equivalent, 2 the file, or the request, is unusable.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.case import TRANSPORTS, Case
@@ -32,6 +29,15 @@ from twinmoe.oracle.golden.record import SUBJECT, NotEquivalentError, check_reco
 from twinmoe.oracle.golden.suites import suite, suites
 from twinmoe.oracle.golden.target import on_device, questions, shared_evenly
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
+from twinmoe.oracle.terminal import (
+    check_writable,
+    console,
+    device_option,
+    json_option,
+    progress,
+    say,
+    timeout_option,
+)
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import ConfigError
 from twinmoe.reference.published import PUBLISHED, published, scaled
@@ -39,19 +45,10 @@ from twinmoe.reference.published import PUBLISHED, published, scaled
 #: Cases that are drawn, and ranks that share them, unless said otherwise.
 _CASES, _RANKS = 8, 2
 
-_console = Console()
-
 _FILE = click.Path(path_type=Path)
-_device = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True
-)
-_timeout = click.option(
-    "--timeout", type=click.FloatRange(min=1), default=30.0, show_default=True,
-    help="Seconds without progress that count as a hang.",
-)  # fmt: skip
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def golden() -> None:
     """Record cases with their truth; compare with a recording elsewhere, later."""
 
@@ -75,8 +72,8 @@ def _list_of_suites() -> str:
 @click.option(
     "--ep", type=click.IntRange(1), help=f"Ranks that share the tokens; {_RANKS} for drawn cases."
 )
-@_device
-@_timeout
+@device_option
+@timeout_option(30.0)
 def record_command(
     file: Path,
     suite_name: str | None,
@@ -123,15 +120,14 @@ def record_command(
     for case in chosen:
         check_recordable(case)
         diagnosis.require_case(case, device)
-    _check_place(file)
+    check_writable(file, "file")
     if file.exists():
         raise ConfigError(occupied(file))
-    with _bar() as progress, Trial(device, timeout, (SUBJECT,)) as trial:
-        task = progress.add_task("recording", total=len(chosen))
+    with progress("recording", len(chosen)) as advance, Trial(device, timeout, (SUBJECT,)) as trial:
         try:
-            recording = record(chosen, trial, device, lambda _: progress.advance(task))
+            recording = record(chosen, trial, device, lambda _: advance())
         except (NotEquivalentError, WorkerFailure) as failure:
-            _tell(f"{type(failure).__name__}: {failure}")
+            say(f"{type(failure).__name__}: {failure}")
             sys.exit(1)
     try:
         save(recording, file)
@@ -141,7 +137,7 @@ def record_command(
             "room, or choose another place"
         ) from None
     count = "1 case" if len(chosen) == 1 else f"{len(chosen)} cases"
-    _tell(f"recorded {count} into {file}, {file.stat().st_size} bytes")
+    say(f"recorded {count} into {file}, {file.stat().st_size} bytes")
 
 
 def _check_one_way(given: dict[str, object]) -> None:
@@ -166,10 +162,10 @@ def _check_one_way(given: dict[str, object]) -> None:
     "unless --ep says otherwise.",
 )  # fmt: skip
 @click.option("--fault", default="", help="Plant this fault: the comparison must fail.")
-@click.option("--json", "json_file", type=_FILE, help="Write a JSON report.")
+@json_option
 @click.option("--junit", "junit_file", type=_FILE, help="Write a JUnit XML report.")
-@_device
-@_timeout
+@device_option
+@timeout_option(30.0)
 def compare_command(
     file: Path,
     transport: str | None,
@@ -183,19 +179,18 @@ def compare_command(
 ) -> None:
     """Play the cases of FILE again, here, and judge each element by the recorded truth."""
     diagnosis.require(device)
-    for option in (json_file, junit_file):
-        if option is not None:
-            _check_place(option)
+    check_writable(json_file, "--json")
+    check_writable(junit_file, "--junit")
     target = Target(device, transport, ep, subject, fault)
     try:
         recording = load(file)
         questions(recording, target)  # refuses before workers start
-        with _bar() as progress, Trial(device, timeout, (subject,)) as trial:
-            task = progress.add_task("comparing", total=len(recording.cases))
-            comparison = compare(recording, trial, target, lambda _: progress.advance(task))
+        count = len(recording.cases)
+        with progress("comparing", count) as advance, Trial(device, timeout, (subject,)) as trial:
+            comparison = compare(recording, trial, target, lambda _: advance())
     except GoldenError as error:
         raise ConfigError(str(error)) from None
-    report.show(comparison, _console)
+    report.show(comparison, console)
     if json_file is not None:
         export.write_json(comparison, json_file)
     if junit_file is not None:
@@ -207,28 +202,3 @@ def _exit_code(comparison: Comparison) -> int:
     if comparison.equivalent:
         return 0
     return 1 if comparison.decided else 2
-
-
-def _check_place(path: Path) -> None:
-    """Raise ConfigError, before anything runs, unless a file can be written there."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise ConfigError(f"file ({path}) has no folder to lie in: create {folder} first")
-    if path.is_dir():
-        raise ConfigError(f"file ({path}) is a folder: name a file in it")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"file ({path}) cannot be written: no permission; choose another place")
-
-
-def _bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=_console, transient=True)
-
-
-def _tell(text: str) -> None:
-    _console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -30,6 +30,7 @@ FORWARDS = "fgao"
 HISTORIES = {
     "A, B, A": "f0.f1.f0",
     "large, small, large": "f0.f2.f1.f2.f0",
+    "many calls": "f0.f1.f2.f1.f0.f2.f1.f0.f2.f1.f2.f0",
     "kill switch": "f0.k1.f0.k0.f0",
     "switched before the first capture": "k1.f0.k0.f0",
     "reload": "f0.w1.f0.w0.f0",

@@ -179,6 +179,32 @@ def _bias_ignored(right: Supposed) -> Supposed | None:
     return replace(_with(right, use_correction_bias=False), weights=unbiased)
 
 
+@_says("the correction bias is subtracted from the scores, where it is to be added")
+def _bias_subtracted(right: Supposed) -> Supposed | None:
+    bias_E = right.weights.correction_bias_E
+    if bias_E is None:
+        return None
+    return replace(right, weights=replace(right.weights, correction_bias_E=-bias_E))
+
+
+def _epsilon(value: float) -> Rule:
+    truth = misread.with_epsilon(value)
+    return lambda right: replace(right, truth=truth) if right.config.norm_topk_prob else None
+
+
+for _value in (1e-6, 1e-9, 1e-12):
+    _says(f"{_value:g} is added to the sum of the chosen scores, where 1e-20 is meant")(
+        _epsilon(_value)
+    )
+
+
+@_says("groups are ranked by scores without the correction bias")
+def _groups_unbiased(right: Supposed) -> Supposed | None:
+    if right.config.n_group == 1 or not right.config.use_correction_bias:
+        return None
+    return replace(right, truth=misread.GroupsRankedUnbiased)
+
+
 @_says("groups are ignored: all experts take part in the top-k")
 def _ungrouped(right: Supposed) -> Supposed:
     return _with(right, n_group=1, topk_group=1)

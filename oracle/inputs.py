@@ -29,6 +29,9 @@ _CARRIER = 4.0
 #: far: that sigmoid is below every fp32 number.  The first has ordinary scores.
 _SILENCE = 60.0
 
+#: How far finely graded biases around 1 lie apart: fp32 tells them from each other, bf16 does not.
+_GRADE = 2.0**-12
+
 #: What the other channels then still say: outliers on the loudest rank must not outvote it.
 _BACKGROUND = 1 / 64
 
@@ -142,4 +145,6 @@ def _bias(case: Case, bias_E: Tensor | None) -> Tensor | None:
         return bias_E
     if case.bias == "nan":
         return bias_E.index_fill(0, torch.tensor([case.seed % len(bias_E)]), torch.nan)
+    if case.bias == "fine":
+        return 1.0 + torch.arange(len(bias_E)) * _GRADE
     return bias_E - 2.0 if case.bias == "negative" else bias_E * 100.0

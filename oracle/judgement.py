@@ -227,6 +227,7 @@ class _Judgement:
             allowed = rounded(allowed, self.contract.reduced)
         else:
             return
+        allowed = self.truth.scaled(self.contract, allowed)
         self._element_finding("combine", "sum", "dim", routed, allowed)
 
     def _output(
@@ -318,7 +319,9 @@ class _Judgement:
         index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
         worst = float(ratio[index])
         size = f"{worst:.3g}x the radius" if math.isfinite(worst) else "no error is allowed"
-        kind = "outside HARD: wrong arithmetic" if proof else "outside " + self.grade.name
+        kind = f"outside {self.grade.name}"
+        if proof:
+            kind = "outside HARD: not the declared arithmetic"
         self._report(
             stage,
             index[0],

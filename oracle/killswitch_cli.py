@@ -4,44 +4,40 @@ import sys
 from collections.abc import Sequence
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.failures import name_ranks
 from twinmoe.oracle.killswitch import Result, validate
 from twinmoe.oracle.killswitch_checks import Place
+from twinmoe.oracle.terminal import console, device_option, say, timeout_option
 from twinmoe.oracle.torchrun import open_world
-
-_console = Console()
 
 
 @click.command(name="killswitch")
 @click.option("--ep", type=click.IntRange(1, 8), default=2, show_default=True, help="Ranks.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@device_option
 @click.option("--fault", default="", help="Let the last rank apply the switch by half.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=1), default=10.0, show_default=True,
-    help="Seconds without progress that count as a hang.",
-)  # fmt: skip
+@timeout_option(10.0)
 def killswitch(ep: int, device: str, fault: str, timeout: float) -> None:
     """Flip the kill switch in every way and show on all ranks what runs, and that it is right.
 
-    Exit 0: fallback validated.  Exit 1: not validated, and which rank is to blame.
+    Exit 0: fallback validated.  Exit 1: not validated, and which rank is to blame.  Exit 2: could
+    not run.
     """
     diagnosis.require(device)
     place = Place(ep, device)
-    with open_world(ep, device, timeout) as world, _console.status("starting workers") as status:
+    with open_world(ep, device, timeout) as world, console.status("starting workers") as status:
         results = validate(
             place, world, fault, lambda result: status.update(f"done: {result.check}")
         )
-    _console.print(table(results))
+    console.print(table(results))
     for result in results:
         if not result.holds:
             blamed = f"{name_ranks(result.ranks)}: " if result.ranks else ""
             told = f"\n{result.check}: {blamed}{result.wrong}"
-            _console.print(told, markup=False, highlight=False, soft_wrap=True)
-    _console.print(verdict(results, place), markup=False, highlight=False, soft_wrap=True)
+            say(told)
+    say(verdict(results, place))
     sys.exit(0 if all(result.holds for result in results) else 1)
 
 

@@ -12,15 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from twinmoe.oracle.bits import as_bits, same_bits
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.scenario import Scenario
-from twinmoe.oracle.subject import Call, Changeable, Subject, SubjectFactory
+from twinmoe.oracle.subject import Call, Changeable, Guarded, Subject, SubjectFactory
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.weights import MoEWeights
-
-#: Integers of a tensor's own width, to compare and add up its bits.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LiveLayer:
@@ -46,7 +44,7 @@ class LiveLayer:
             complaints.append("the forward overwrote its input")
         if _digest(self._weights) != self._digest:
             complaints.append("the forward overwrote the layer's weights")
-        if isinstance(self.subject, Changeable):
+        if isinstance(self.subject, Guarded):
             complaints += self.subject.complaints()
         return observation, complaints
 
@@ -90,20 +88,6 @@ class LiveLayer:
         finally:
             if context.rank == 0:
                 shutil.rmtree(shared[0], ignore_errors=True)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, NaN included."""
-    return (
-        one.shape == other.shape
-        and one.dtype == other.dtype
-        and bool((as_bits(one) == as_bits(other)).all())
-    )
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers."""
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
 def _digest(weights: MoEWeights) -> int:

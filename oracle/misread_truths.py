@@ -60,9 +60,36 @@ class SoftmaxTwice(_OtherRouting):
 
     def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Choose as ever; weigh by the softmax."""
-        return _SoftmaxOfScores(
-            **{field.name: getattr(right, field.name) for field in fields(right)}
-        )
+        return _as(_SoftmaxOfScores, right)
+
+
+def with_epsilon(value: float) -> type[Truth]:
+    """The truth of a layer that adds ``value``, not 1e-20, to the sum it divides by."""
+
+    class Routing(RoutingTruth):
+        epsilon = value
+
+    class OtherEpsilon(_OtherRouting):
+        def misled(self, right: RoutingTruth) -> RoutingTruth:
+            return _as(Routing, right)
+
+    return OtherEpsilon
+
+
+def _as(kind: type[RoutingTruth], right: RoutingTruth) -> RoutingTruth:
+    return kind(**{field.name: getattr(right, field.name) for field in fields(right)})
+
+
+class GroupsRankedUnbiased(_OtherRouting):
+    """The best groups are found by scores without the correction bias, the experts with it."""
+
+    def misled(self, right: RoutingTruth) -> RoutingTruth:
+        """Choose among the experts of those groups."""
+        kept_TE = exact_groups(self.config, right.score_TE.value)
+        lowest = torch.finfo(torch.float64).min
+        selection = right.selection_TE.only(kept_TE)
+        selection = replace(selection, value=selection.value.masked_fill(~kept_TE, lowest))
+        return _ungrouped(right, selection)
 
 
 class GroupsMaskedByZero(_OtherRouting):
@@ -71,14 +98,18 @@ class GroupsMaskedByZero(_OtherRouting):
     def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Choose among all experts, by scores of which some are 0."""
         kept_TE = exact_groups(self.config, right.selection_TE.value)
-        selection = right.selection_TE.only(kept_TE)
-        order = selection.value.sort(dim=-1, descending=True, stable=True).indices
-        return replace(
-            right,
-            config=replace(self.config, n_group=1, topk_group=1),
-            selection_TE=selection,
-            ids_TK=order[:, : self.config.num_experts_per_tok],
-        )
+        return _ungrouped(right, right.selection_TE.only(kept_TE))
+
+
+def _ungrouped(right: RoutingTruth, selection_TE: Enclosure) -> RoutingTruth:
+    """The best of all experts by ``selection_TE``."""
+    order = selection_TE.value.sort(dim=-1, descending=True, stable=True).indices
+    return replace(
+        right,
+        config=replace(right.config, n_group=1, topk_group=1),
+        selection_TE=selection_TE,
+        ids_TK=order[:, : right.config.num_experts_per_tok],
+    )
 
 
 class _OtherSlots(Truth):

@@ -10,7 +10,7 @@ interval round to what was seen.  So contracts are ranked by the share of elemen
 from the rounded truth, with the share outside, and a small price for each point.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations
@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 from twinmoe.oracle.comparison import compare
-from twinmoe.oracle.contract import Order, RoundingContract, Wire, accumulator_of
+from twinmoe.oracle.contract import (
+    Order,
+    RoundingContract,
+    Scales,
+    Weighs,
+    Wire,
+    accumulator_of,
+)
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.rounding import FORMATS, FP32
@@ -109,7 +116,6 @@ class Likeness:
 
 def moves_from(first: RoundingContract, config: MoEConfig, ranks: int) -> list[Move]:
     """Every single difference from ``first`` that would change a layer of ``config``."""
-    model = FORMATS[config.dtype]
     points = ["logits", "scores", "router_weights", "gate_up", "activation", "expert_output"]
     points += ["weighted_input"] if config.router_weight_on_input else ["terms"]
     points += ["gate"] if config.gated else []
@@ -117,20 +123,55 @@ def moves_from(first: RoundingContract, config: MoEConfig, ranks: int) -> list[M
     if config.has_shared_expert:
         points += ["shared_gate_up", "shared_output"]
         points += ["reduced"] if first.wire is Wire.NONE else []
-    moves, wide = [], accumulator_of(config.dtype)  # whatever the hardware makes of it
-    for point in points:
-        kept = getattr(first, point) in (None, wide)
-        how = "stored in the model's dtype" if kept else "kept in the accumulator's format"
-        format_ = model if kept else wide if point == "weighted_input" else None
-        moves.append(Move(((point, format_),), f"{_TENSORS[point]} are {how}"))
+    moves = [_move(first, config, point) for point in points]
+    moves += [*_of_router(config), *_of_order(config), *_of_shared_expert(config)]
+    return [move for move in moves if _changes(first, move)] + _wires(first, config, ranks)
+
+
+def _move(first: RoundingContract, config: MoEConfig, point: str) -> Move:
+    """To the other of two: stored as the model is, or kept."""
+    model, wide = FORMATS[config.dtype], accumulator_of(config.dtype)
+    kept = getattr(first, point) in (None, wide)  # whatever the hardware makes of it
+    how = "stored in the model's dtype" if kept else "kept in the accumulator's format"
+    format_ = model if kept else wide if point == "weighted_input" else None
+    return Move(((point, format_),), f"{_TENSORS[point]} are {how}")
+
+
+def _stored(config: MoEConfig, points: Iterable[str], says: str, **more: Any) -> Move:
+    """All of ``points`` in the model's dtype, at once: one line of code makes them."""
+    model = FORMATS[config.dtype]
+    stored = [(point, model) for point in points]
+    return Move((*stored, *more.items()), f"{says} stored in the model's dtype")
+
+
+def _of_router(config: MoEConfig) -> Iterator[Move]:
     if config.norm_topk_prob:
-        says = "the router's logits, scores, sums and weights are all stored in the model's dtype"
-        moves.append(Move(tuple((point, model) for point in _NARROW_ROUTER), says))
+        says = "the router's logits, scores, sums and weights are all"
+        yield _stored(config, _NARROW_ROUTER, says)
+    if not config.router_weight_on_input:
+        says = "router weights multiply activations (h), not outputs, and h is"
+        more = {"weighs": Weighs.ACTIVATION, "activation": None}
+        yield _stored(config, ["weighted_activation"], says, **more)
+        says = "router weights multiply stored activations (h), not outputs, and the result is"
+        yield _stored(config, ["activation", "weighted_activation"], says, weighs=Weighs.ACTIVATION)
+    if config.routed_scaling_factor != 1:
+        says = "the routed sum is stored, then scaled, not the router weights, and again"
+        yield _stored(config, ["reduced", "scaled"], says, scales=Scales.SUM)
+
+
+def _of_order(config: MoEConfig) -> Iterator[Move]:
     if config.num_experts_per_tok > 2:  # of two terms each is the first as well as the second
         # Not in any order: what allows more explains more, whatever the layer does.
-        says = f"{_TENSORS['combine']}, best expert first, are stored in the model's dtype"
-        moves.append(Move((("combine", model), ("combine_order", Order.SLOT)), says))
-    return [move for move in moves if _changes(first, move)] + _wires(first, config, ranks)
+        says = f"{_TENSORS['combine']}, best expert first, are"
+        yield _stored(config, ["combine"], says, combine_order=Order.SLOT)
+
+
+def _of_shared_expert(config: MoEConfig) -> Iterator[Move]:
+    if config.has_shared_expert and config.gated:
+        yield _stored(config, ["shared_activated_gate"], "activated gates of the shared expert are")
+    if config.shared_expert_gate:
+        points = ("shared_gate_logits", "shared_gate_weights", "shared_terms")
+        yield _stored(config, points, "the shared expert's gate, its sigmoid and its product are")
 
 
 def _wires(first: RoundingContract, config: MoEConfig, ranks: int) -> list[Move]:

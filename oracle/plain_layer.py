@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import on_device
 from twinmoe.oracle.observation import PLAIN_PATH, RankObservation, Taps
@@ -78,6 +79,8 @@ class PlainSubject:
         size = len(scenario.hidden())
         place = replace(context, world_size=size, group=context.group if size > 1 else None)
         self._dtype, self._device_type = scenario.config.dtype, context.device.type
+        #: Every answer as it was returned, and its bits then.
+        self._answers: list[tuple[Tensor, Tensor]] = []
         self._layer = factory(scenario.config, weights, place)
         require_layer(name, self._layer)
 
@@ -106,7 +109,21 @@ class PlainSubject:
                 )
         self._check(output_TH, hidden_TH, taps)
         path = f"{PLAIN_PATH}{self._name.rpartition('/')[2]}, own experts"
-        return RankObservation(output_TH, taps, path)
+        kept_TH = output_TH.clone()
+        self._answers.append((output_TH, kept_TH))
+        return RankObservation(kept_TH, taps, path)
+
+    def complaints(self) -> list[str]:
+        """See :class:`twinmoe.oracle.subject.Guarded`: an answer stays what it was."""
+        same = [same_bits(*answer) for answer in self._answers]
+        if all(same):
+            return []
+        number = same.index(False) + 1
+        self._answers.clear()
+        return [
+            f"the forward overwrote what forward {number} of this layer had returned: who kept it "
+            "finds other numbers there; return a copy, or what later calls leave alone"
+        ]
 
     def _check(self, output_TH: Tensor, hidden_TH: Tensor, taps: Taps) -> None:
         """Raise LayerError for rows, ids or weights that no layer of this config returns."""
@@ -122,6 +139,11 @@ class PlainSubject:
                 f"returned {output_TH.dtype}, but its contract {contract.name!r} stores outputs in "
                 f"{contract.output.name}: cast the output, or declare another output format"
             )
+        if output_TH.layout is not torch.strided:
+            raise self._error(
+                f"returned a tensor of layout {output_TH.layout}: the judge reads rows; return "
+                "output.to_dense()"
+            )
         if output_TH.device != hidden_TH.device:
             raise self._error(
                 f"returned a tensor on {output_TH.device} for an input on {hidden_TH.device}: a "
@@ -130,11 +152,22 @@ class PlainSubject:
         chosen = (len(hidden_TH), self._experts_per_token)
         for name in ("ids_TK", "weights_TK"):
             tap = getattr(taps, name)
+            if tap is not None and not isinstance(tap, Tensor):
+                raise self._error(
+                    f"returned Taps whose {name} is {type(tap).__name__}: show a tensor {chosen}"
+                )
             if tap is not None and tuple(tap.shape) != chosen:
                 raise self._error(
                     f"returned Taps whose {name} has shape {tuple(tap.shape)}, expected {chosen}: "
                     "tokens by experts per token; show what the router chose for each token"
                 )
+
+        ids_TK = taps.ids_TK
+        if ids_TK is not None and (ids_TK.is_floating_point() or ids_TK.dtype is torch.bool):
+            raise self._error(
+                f"returned Taps whose ids_TK are {ids_TK.dtype}: ids are integers; show the ids "
+                "that the router chose, not their scores"
+            )
 
     def _error(self, said: str) -> LayerError:
         return LayerError(f"{_place_of(self._layer.forward)}forward of {self._name} {said}")

@@ -26,9 +26,9 @@ def require_matplotlib(path: Path) -> None:
             f"--plot ({path}) needs matplotlib, which is not installed: "
             "run pip install 'twinmoe[plot]', or leave the option out"
         ) from None
-    if not path.parent.is_dir():
+    if path.suffix not in (".png", ".pdf", ".svg"):
         raise PlotError(
-            f"--plot ({path}) cannot be written: {path.parent} is not a directory; create it first"
+            f"--plot ({path}) has no known format: name a file that ends in .png, .pdf or .svg"
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from twinmoe.oracle.live_layer import as_bits, same_bits
+from twinmoe.oracle.bits import as_bits, same_bits
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.subject import bucket_for

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.check import CellResult, Summary
-from twinmoe.oracle.failures import WorkerFailure, account
+from twinmoe.oracle.failures import WorkerFailure, WorkerHang, account
 from twinmoe.oracle.layer_space import standing_still
 from twinmoe.oracle.strategies import Cell
 from twinmoe.reference.config import dtype_name
@@ -125,9 +125,12 @@ def _failed(cell: Cell, case: Case, failure: WorkerFailure, summary: Summary, an
     replay = f"\n  reproduce: twinmoe replay{summary.plan.asked} '{case}'"
     if summary.plan.subject is None:
         return f"{cell}: {type(failure).__name__}: {failure}{replay}"
+    hang = isinstance(failure, WorkerHang)
+    patience = "\n  if it was compiling, it wants a larger --timeout" if hang else ""
     return (
-        f"{account(failure)}\n  {_named(cell, summary)}: no answer to this case; before it "
-        f"{answered} {'was' if answered == 1 else 'were'} answered, after it none was asked{replay}"
+        f"{account(failure)}{patience}\n"
+        f"  {_named(cell, summary)}: no answer to this case; before it {answered} "
+        f"{'was' if answered == 1 else 'were'} answered, after it none was asked{replay}"
     )
 
 

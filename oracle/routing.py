@@ -13,11 +13,12 @@ Legend: T tokens, H hidden_size, E experts, G groups, K experts per token.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from twinmoe.oracle.contract import RoundingContract, Ties
+from twinmoe.oracle.contract import RoundingContract, Scales, Ties
 from twinmoe.oracle.envelope import Enclosure, Grade, matmul, product, rounded, total
 from twinmoe.oracle.rounding import Format, round_to
 from twinmoe.reference.config import MoEConfig
@@ -54,6 +55,12 @@ def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format, deviations: flo
     return Enclosure(s, spread / (s + spread.sqrt()) + 8 * u * s + underflow)
 
 
+def held_factor(config: MoEConfig, fmt: Format) -> Enclosure:
+    """``routed_scaling_factor`` [1, 1]: a kernel may hold it in ``fmt``."""
+    factor = torch.full((1, 1), config.routed_scaling_factor, dtype=torch.float64)
+    return Enclosure(factor, (round_to(factor, fmt) - factor).abs())
+
+
 def _stored(x: Enclosure, target: Format | None, carry: type[Enclosure]) -> Enclosure:
     """``x`` stored in ``target``; its radius is what ``carry`` takes for one error."""
     kept = rounded(carry.of(x.value, x.radius), target)
@@ -76,6 +83,9 @@ class RoutingTruth:
     ids_TK: Tensor
     contract: RoundingContract
     carry: type[Enclosure] = Enclosure
+
+    #: Keeps the normalisation of scores that all vanish finite.
+    epsilon: ClassVar[float] = 1e-20
 
     @property
     def fmt(self) -> Format:
@@ -116,7 +126,7 @@ class RoutingTruth:
     def weights(self, ids_TK: Tensor) -> Enclosure:
         """Router weights for chosen ids [T, K]: gather, renormalise, scale.
 
-        w = p / (S + 1e-20) moves by at most (e_p + w e_S) / (S - e_S); K + 3 roundings, and
+        w = p / (S + epsilon) moves by at most (e_p + w e_S) / (S - e_S); K + 3 roundings, and
         those of the contract.
         """
         taken = ids_TK.clamp(min=0)
@@ -124,20 +134,16 @@ class RoutingTruth:
         if self.config.norm_topk_prob:
             unit = self.fmt.unit
             sums = total(p, -1, self.fmt)
-            sums = Enclosure(sums.value + 1e-20, sums.radius)
+            sums = Enclosure(sums.value + self.epsilon, sums.radius)
             sums = _stored(sums, self.contract.score_sum, self.carry)[:, None]
             value = p.value / sums.value
-            floor = (sums.value - sums.radius).clamp(min=1e-20)
+            floor = (sums.value - sums.radius).clamp(min=self.epsilon)
             p = Enclosure(value, (p.radius + value * sums.radius) / floor + 3 * unit * value)
             p = _stored(p, self.contract.normalised_weights, self.carry)
-        factor = torch.full((1, 1), self.config.routed_scaling_factor, dtype=torch.float64)
-        # a kernel may hold the factor in the router's format
-        held = (round_to(factor, self.fmt) - factor).abs()
-        scaled = product(p, Enclosure(factor, held), self.fmt)
+        if self.contract.scales is Scales.WEIGHTS:
+            p = product(p, held_factor(self.config, self.fmt), self.fmt)
         padding = ids_TK < 0
-        return Enclosure(
-            scaled.value.masked_fill(padding, 0.0), scaled.radius.masked_fill(padding, 0.0)
-        )
+        return Enclosure(p.value.masked_fill(padding, 0.0), p.radius.masked_fill(padding, 0.0))
 
     def admissible(self, ids_TK: Tensor) -> Tensor:
         """Bool [T]: could a correct router have answered this set of ids?

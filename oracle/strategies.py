@@ -7,7 +7,7 @@ scaling factor of 1 or a bias of 0 hides every fault in its handling.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from hypothesis import strategies as st
@@ -131,7 +131,7 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         wire=draw(st.sampled_from(("fp32", "model"))) if in_graph else "fp32",
         values=draw(st.sampled_from(("normal", "recorded", "outlier", "positive", "integers"))),
         routing=draw(st.sampled_from(_ROUTINGS)),
-        bias=draw(st.sampled_from(("mixed", "negative", "large", "nan")))
+        bias=draw(st.sampled_from(("mixed", "negative", "large", "nan", "fine")))
         if config.use_correction_bias
         else "mixed",
         layout=draw(st.sampled_from(("plain", "strided"))),
@@ -164,7 +164,7 @@ def usable_backends(config: MoEConfig, device: str = "cpu") -> tuple[str, ...]:
 
 def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) -> Case:
     """A dense, non-neutral case of ``cell``, with ``changes`` to the case or its config."""
-    own = {"values", "routing", "bias", "layout", "padding", "wire", "backend", "seed", "history"}
+    own = {field.name for field in fields(Case)} - {"config", "tokens", "transport", "mode"}
     config = MoEConfig(
         **{
             "hidden_size": 96,
@@ -194,6 +194,11 @@ CORNERS: dict[str, Corner] = {
         c, tuple(3 if r == c.ep_size - 1 else 0 for r in range(c.ep_size))
     ),
     "no tokens at all": lambda c: _case(c, (0,) * c.ep_size),
+    "one token": lambda c: _case(c, (1,) + (0,) * (c.ep_size - 1)),
+    # More rows than kernels take at once, at sizes that cost little; fewer where ranks add theirs.
+    "rows beyond a tile": lambda c: _case(
+        c, (130, 65, 0, 3, 0, 0, 1, 2)[: c.ep_size], hidden_size=24, moe_intermediate_size=16
+    ),
     "all tokens on one rank": lambda c: _case(
         c, (9,) + (0,) * (c.ep_size - 1), shared_expert_intermediate_size=24
     ),
@@ -202,13 +207,38 @@ CORNERS: dict[str, Corner] = {
     "k = 1, unnormalised": lambda c: _case(
         c, num_experts_per_tok=1, norm_topk_prob=False, scoring_func="sigmoid"
     ),
-    "k = E": lambda c: _case(c, num_experts_per_tok=c.ep_size * 3),
+    "k = E": lambda c: _case(
+        c, num_experts=max(12, c.ep_size * 3), num_experts_per_tok=max(12, c.ep_size * 3)
+    ),
+    # Ids that fit no byte, and experts that nobody visits.
+    "more experts than a byte can name": lambda c: _case(
+        c, num_experts=264, hidden_size=24, moe_intermediate_size=16
+    ),
     "one expert a rank": lambda c: _case(
         c, num_experts=c.ep_size, num_experts_per_tok=min(c.ep_size, 2)
     ),
     "sizes beside every tile": lambda c: _case(c, hidden_size=33, moe_intermediate_size=17),
     "exact ties": lambda c: _case(c, routing="ties", num_experts=c.ep_size * 4),
     "all scores equal": lambda c: _case(c, routing="equal"),
+    # Exponentials of -60 and -120, which only a shifted softmax survives; sums of such sigmoids
+    # lie far below the normalisation's epsilon.
+    "vanishing exponentials": lambda c: _case(c, routing="silent"),
+    "vanishing sigmoids": lambda c: _case(c, routing="silent", scoring_func="sigmoid"),
+    # Biases that decide, and differ by less than 16 bits can hold.
+    "finely graded biases": lambda c: _case(
+        c,
+        routing="equal",
+        num_experts=c.ep_size * 4,
+        scoring_func="sigmoid",
+        use_correction_bias=True,
+        bias="fine",
+    ),
+    "a poisoned token": lambda c: _case(
+        c,
+        tuple(2 + r % 2 for r in range(c.ep_size)),
+        shared_expert_intermediate_size=24,
+        relation="poisoned_token",
+    ),
     "near ties": lambda c: _case(c, routing="near_ties", num_experts=c.ep_size * 4),
     "groups, negative bias": lambda c: _case(
         c,

@@ -82,7 +82,16 @@ class Subject(Protocol):
 
 
 @runtime_checkable
-class Changeable(Protocol):
+class Guarded(Protocol):
+    """A subject that notices by itself what no forward may do."""
+
+    def complaints(self) -> list[str]:
+        """Say what it has caught since it was asked last."""
+        ...
+
+
+@runtime_checkable
+class Changeable(Guarded, Protocol):
     """A subject whose state can be changed between forwards, as histories do."""
 
     def reload(self, weights: MoEWeights) -> None:
@@ -95,10 +104,6 @@ class Changeable(Protocol):
 
     def poison(self) -> None:
         """Fill with NaN every static buffer whose content may not matter; between barriers."""
-        ...
-
-    def complaints(self) -> list[str]:
-        """Say what the layer's own guards have caught."""
         ...
 
 
@@ -226,7 +231,7 @@ class OptimizedSubject:
             pool.poison()
 
     def complaints(self) -> list[str]:
-        """See `Changeable`."""
+        """See `Guarded`."""
         return [
             f"bytes between the regions of pool {pool.name!r} were written: a store went astray"
             for pool in pools_of(self.layer.group)

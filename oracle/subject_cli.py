@@ -18,11 +18,6 @@ subject_option = click.option(
     help="Judge this layer instead: package.module:factory or file.py:factory.",
 )  # fmt: skip
 
-timeout_option = click.option(
-    "--timeout", type=click.FloatRange(min=1), default=15.0, show_default=True,
-    help="Seconds without progress that count as a hang.",
-)  # fmt: skip
-
 
 def plain_name(text: str | None) -> PlainName | None:
     """The layer that ``--subject`` names; raises ConfigError if it cannot be imported."""
@@ -68,6 +63,8 @@ def not_judged(summary: Summary) -> str:
             f"{summary.undecided} of {summary.cases} cases undecided: scores nearly tie, and the "
             "layer shows no expert ids; return (out, Taps(ids_TK=...)) to have them judged"
         )
+    if summary.equivalent and all(one.cell.ep_size == 1 for one in summary.results):
+        told.append("run by one rank alone: --ep 1,2,4 asks for experts that ranks share")
     still = standing_still(summary.configs)
     if still and summary.equivalent:  # a search that failed was cut short
         told.append(

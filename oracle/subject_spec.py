@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +62,7 @@ def load_layers(_context: RankContext, names: Sequence[str]) -> None:
         subject_factory(name)
 
 
+@cache
 def load_factory(name: str) -> LayerFactory:
     """Import the factory that ``name`` stands for.
 
@@ -70,8 +71,7 @@ def load_factory(name: str) -> LayerFactory:
     """
     module_name, colon, attribute = name.rpartition(":")
     if not colon or not module_name or not attribute.isidentifier():
-        known = " or ".join(SUBJECTS)
-        raise ConfigError(f"subject ({name!r}) is no name of a layer: {_FORM}, or use {known}")
+        raise ConfigError(f"subject ({name!r}) is no name of a layer: {_FORM}")
     module = _imported(name, module_name)
     factory = getattr(module, attribute, None)
     if factory is None:
@@ -113,12 +113,19 @@ def _imported(name: str, module_name: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        return importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a module of somebody's stumbles over
         raise ConfigError(
             f"{_place(error)}{type(error).__name__}: {error}\n  subject ({name!r}) cannot be "
             f"imported: {_FORM}, as seen from {Path.cwd()}"
         ) from error
+    imported = Path(module.__file__ or "")
+    if path.suffix == ".py" and not (imported.exists() and imported.samefile(path)):
+        raise ConfigError(
+            f"subject ({name!r}): the name {module_name!r} is taken by {imported}: a module is "
+            "imported by its name; rename the file"
+        )
+    return module
 
 
 def _place(error: BaseException) -> str:

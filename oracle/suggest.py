@@ -80,10 +80,10 @@ class Fit:
 
 @dataclass
 class Suggestion:
-    """The nearest contracts, best first; ``config`` is that of one of the cases."""
+    """The nearest contracts, best first, for the layers of ``configs``, one for each case."""
 
     fits: list[Fit]
-    config: MoEConfig
+    configs: Sequence[MoEConfig]
     ranks: int = 1
 
     @property
@@ -103,7 +103,7 @@ class Suggestion:
 
     def changes(self, fit: Fit) -> str:
         """What differs from storing everything, as code; ``narrow`` is the model's format."""
-        return as_code(fit.moves, self.config, narrow="narrow")
+        return as_code(fit.moves, self.configs[0], narrow="narrow")
 
     def code(self, fit: Fit) -> list[str]:
         """The contract as lines of a factory; ``narrow`` is the model's format.
@@ -122,7 +122,7 @@ class Suggestion:
         return lines
 
     def _code(self, points: dict[str, Any]) -> str:
-        return as_code([Move(tuple(points.items()), "")], self.config, narrow="narrow")
+        return as_code([Move(tuple(points.items()), "")], self.configs[0], narrow="narrow")
 
 
 def first_contract(dtype: torch.dtype, ranks: int) -> RoundingContract:
@@ -161,7 +161,7 @@ def suggest_contract(
 
     ``timeout_s`` without progress is a hang.  Raises WorkerFailure when a rank fails.
     """
-    ranks, config = cases[0].ep_size, cases[0].config
+    ranks = cases[0].ep_size
     shown: list[Shown] = []
     opening = load_layers, ((subject.text,),)
     with open_world(ranks, device, timeout_s, opening) as world:
@@ -171,12 +171,15 @@ def suggest_contract(
             truth = RememberingTruth(scenario.config, scenario.weights(), scenario.hidden())
             shown.append((Sample(truth, Evidence.of(seen, truth)), seen))
             advance()
-    return _nearest(shown, config, ranks, device)
+    return _nearest(shown, [case.config for case in cases], ranks, device)
 
 
-def _nearest(shown: Sequence[Shown], config: MoEConfig, ranks: int, device: str) -> Suggestion:
+def _nearest(
+    shown: Sequence[Shown], configs: Sequence[MoEConfig], ranks: int, device: str
+) -> Suggestion:
     """Search by the cases in which most points matter; judge by all of them."""
-    first = on_device(first_contract(config.dtype, ranks), config.dtype, device)
+    dtype = configs[0].dtype
+    first = on_device(first_contract(dtype, ranks), dtype, device)
     moves = [moves_from(first, sample.truth.config, ranks) for sample, _ in shown]
     telling = sorted(zip(moves, shown, strict=True), key=lambda pair: -len(pair[0]))[:_SEARCHED]
     every = dict.fromkeys(move for some, _ in telling for move in some)
@@ -187,4 +190,4 @@ def _nearest(shown: Sequence[Shown], config: MoEConfig, ranks: int, device: str)
             contract = made(first, fit.moves)
             fit.add(judge(seen, sample.truth, contract), likeness(sample, contract))
     fits.sort(key=lambda fit: (not fit.fits_all, fit.likeness.price(len(fit.moves))))
-    return Suggestion(fits, config, ranks)
+    return Suggestion(fits, configs, ranks)

@@ -1,27 +1,24 @@
 """``twinmoe calibrate --suggest-contract --subject ...``: propose a contract, and show why."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from twinmoe.oracle.calibrate import calibration_cases
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.layer_space import standing_still
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.suggest import Fit, Suggestion, suggest_contract
-from twinmoe.reference.config import DTYPES
+from twinmoe.oracle.terminal import console, progress, say
+from twinmoe.reference.config import DTYPES, ConfigError
 
 #: Contracts shown, the best with them.
 _SHOWN = 5
 
 #: Share of elements outside the nearest contract that looks like a mistake, not like a rounding.
 _MISTAKEN = 0.75
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 suggest_option = click.option(
     "--suggest-contract",
@@ -37,8 +34,6 @@ ranks_option = click.option(
 
 
 def suggest(
-    console: Console,
-    progress: Progress,
     subject: str | None,
     ep: int,
     draws: int,
@@ -50,7 +45,7 @@ def suggest(
 ) -> bool:
     """Run the layer, print the contracts nearest to it, best first; whether none fits."""
     if subject is None:
-        raise click.ClickException(
+        raise ConfigError(
             "--suggest-contract has no layer to look at: add --subject package.module:factory"
         )
     name = PlainName(subject)
@@ -60,7 +55,7 @@ def suggest(
             name, cases, device=device, timeout_s=timeout, advance=advance
         )
     console.print(fit_table(suggestion))
-    console.print(_proposal(suggestion), markup=False, highlight=False, soft_wrap=True)
+    say(_proposal(suggestion))
     return suggestion.best is None
 
 
@@ -99,6 +94,8 @@ def _proposal(suggestion: Suggestion) -> str:
     if suggestion.equals:
         others = " or ".join(suggestion.changes(fit) or "none" for fit in suggestion.equals)
         told.append(f"these cases cannot tell it from these differences: {others}")
+    if still := standing_still(suggestion.configs):
+        told.append(f"said of layers with {', '.join(f'{k}={v}' for k, v in still.items())} only")
     return "\n".join(told)
 
 
@@ -122,7 +119,7 @@ def _paste(suggestion: Suggestion, fit: Fit) -> list[str]:
     """Lines for a factory, with the imports that they need."""
     written = suggestion.code(fit)
     code = "\n".join(written)
-    uses = [name for name in ("Order", "Ties", "Wire") if f"{name}." in code]
+    uses = [name for name in ("Order", "Scales", "Ties", "Weighs", "Wire") if f"{name}." in code]
     lines = [
         "from dataclasses import replace",
         f"from twinmoe.oracle.contract import {', '.join([*uses, 'storage_contract'])}",

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import pytest
 from hypothesis import HealthCheck, given, reject, settings
 
 from twinmoe.oracle.case import Case
@@ -48,6 +47,8 @@ def equivalence_property(
 
     Raises ConfigError where the factory cannot be imported.
     """
+    import pytest  # noqa: PLC0415 - layers import this module too, where nothing is tested
+
     subject = PlainName(spec_of(factory))
 
     @pytest.mark.parametrize("dtype", dtypes)

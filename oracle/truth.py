@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle.activation import activate, clamp
-from twinmoe.oracle.contract import Order, RoundingContract, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Scales, Weighs, Wire
 from twinmoe.oracle.envelope import E, Enclosure, Grade, Index, matmul, product, rounded, total
 from twinmoe.oracle.quantise import quantised
 from twinmoe.oracle.rounding import Format
-from twinmoe.oracle.routing import RoutingTruth
+from twinmoe.oracle.routing import RoutingTruth, held_factor
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
 
@@ -129,13 +129,13 @@ class Truth:
         """
         weights_TK = rounded(weights_TK, contract.router_weights)
         y_TKH = expert_output_TKH
-        if self.config.router_weight_on_input:
+        if self._weighs_before_output(contract):
             (y_TKH,) = self._expert_outputs(contract, ids_TK, [weights_TK], grade)
         elif y_TKH is None:
             (y_TKH,) = self.unweighted(contract, ids_TK, [type(weights_TK)], grade)
         terms_TKH = self.terms(contract, weights_TK, y_TKH)
         partials_RTH = self._partials(contract, ids_TK, terms_TKH)
-        routed_TH = across_ranks(contract, partials_RTH)
+        routed_TH = self.scaled(contract, across_ranks(contract, partials_RTH))
         shared_TH = self._shared(contract, type(weights_TK), grade)
         sum_TH = routed_TH
         if shared_TH is not None:
@@ -166,7 +166,9 @@ class Truth:
     def _expert_outputs(
         self, contract: RoundingContract, ids_TK: Tensor, weights: Sequence[Enclosure], grade: Grade
     ) -> list[Any]:
-        """One for each of the ``weights`` [T, K], which matter where they are on the input."""
+        """One for each of the ``weights`` [T, K], which matter where they precede the output."""
+        on_input = self.config.router_weight_on_input
+        on_activation = contract.weighs is Weighs.ACTIVATION and not on_input
         parts: list[list[tuple[Index, Enclosure]]] = [[] for _ in weights]
         for expert in ids_TK.unique().tolist():
             if expert < 0:
@@ -175,16 +177,18 @@ class Truth:
             w13_FH, w2_HI = self.weights.expert(expert)
             for weights_TK, outputs in zip(weights, parts, strict=True):
                 x_SH = type(weights_TK).exact(self.hidden_TH[token])
-                if self.config.router_weight_on_input:
-                    x_SH = product(x_SH, weights_TK[token, slot][:, None], contract.accumulator)
+                weight_S1 = weights_TK[token, slot][:, None]
+                if on_input:
+                    x_SH = product(x_SH, weight_S1, contract.accumulator)
                     x_SH = rounded(x_SH, contract.weighted_input)
+                device = w13_FH.device
                 y_SH = _mlp(
                     self.config,
                     contract,
-                    x_SH.to(w13_FH.device),
+                    x_SH.to(device),
                     (w13_FH, w2_HI),
-                    (contract.gate_up, contract.expert_output),
                     grade,
+                    weight_S1.to(device) if on_activation else None,
                 )
                 outputs.append(((token, slot), y_SH.to(torch.device("cpu"))))
         shape = (*ids_TK.shape, self.config.hidden_size)
@@ -195,10 +199,22 @@ class Truth:
 
     def terms(self, contract: RoundingContract, weights_TK: E, expert_output_TKH: E) -> E:
         """Each slot's weighted output [T, K, H], as stored."""
-        if self.config.router_weight_on_input:
+        if self._weighs_before_output(contract):
             return expert_output_TKH
         weighted = product(weights_TK[..., None], expert_output_TKH, contract.accumulator)
         return rounded(weighted, contract.terms)
+
+    def _weighs_before_output(self, contract: RoundingContract) -> bool:
+        return self.config.router_weight_on_input or contract.weighs is Weighs.ACTIVATION
+
+    def scaled(self, contract: RoundingContract, sum_TH: E) -> E:
+        """The routed sum times the factor, where that has not been in the router weights."""
+        if contract.scales is Scales.WEIGHTS:
+            return sum_TH
+        accumulator = contract.accumulator
+        held = held_factor(self.config, accumulator)
+        factor = type(sum_TH).of(held.value, held.radius)
+        return rounded(product(sum_TH, factor, accumulator), contract.scaled)
 
     def _partials(self, contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
         """One share per rank of the experts it owns; one share in all without a wire."""
@@ -221,17 +237,20 @@ class Truth:
             return None
         x_TH = carry.exact(self.hidden_TH)
         matrices = (weights.shared_w13_FH, weights.shared_w2_HI)
-        stored = (contract.shared_gate_up, contract.shared_output)
-        y_TH = _mlp(config, contract, x_TH.to(matrices[0].device), matrices, stored, grade)
+        device = matrices[0].device
+        y_TH = _mlp(config, contract.of_shared_expert, x_TH.to(device), matrices, grade)
         y_TH = y_TH.to(torch.device("cpu"))
         if weights.shared_gate_1H is None:
             return y_TH
         accumulator = contract.accumulator
         logit = matmul(x_TH, weights.shared_gate_1H.cpu(), accumulator, grade)
+        logit = rounded(logit, contract.shared_gate_logits)
         gate = torch.sigmoid(logit.value)
         spread = gate * torch.sigmoid(-logit.value) * torch.expm1(logit.radius)
         evaluation = 4 * accumulator.unit * gate + accumulator.smallest_normal
-        return product(carry(gate, carry.join(spread, evaluation)), y_TH, accumulator)
+        weight = carry(gate, carry.join(spread, evaluation))
+        weight = rounded(weight, contract.shared_gate_weights)
+        return rounded(product(weight, y_TH, accumulator), contract.shared_terms)
 
 
 def _mlp(
@@ -239,14 +258,13 @@ def _mlp(
     contract: RoundingContract,
     x: E,
     matrices: tuple[Tensor, Tensor],
-    stored: tuple[Format | None, Format | None],
     grade: Grade,
+    weight: E | None = None,
 ) -> E:
-    """One expert: w13 and w2 with their results ``stored`` so, the activation between."""
-    (w13_FH, w2_HI), (gate_up_format, output_format) = matrices, stored
-    accumulator = contract.accumulator
+    """One expert: w13, the activation, its ``weight`` [..., 1] where it is met there, and w2."""
+    (w13_FH, w2_HI), accumulator = matrices, contract.accumulator
     x = quantised(x, contract.quantise_input, accumulator)
-    gate_up = rounded(matmul(x, w13_FH, accumulator, grade), gate_up_format)
+    gate_up = rounded(matmul(x, w13_FH, accumulator, grade), contract.gate_up)
     if config.gated:
         half = w13_FH.shape[0] // 2
         gate, up = gate_up[..., :half], gate_up[..., half:]
@@ -257,8 +275,11 @@ def _mlp(
         h = product(h, up, accumulator)
     else:
         h = activate(config.hidden_act, gate_up, accumulator)
-    h = quantised(rounded(h, contract.activation), contract.quantise_activation, accumulator)
-    return rounded(matmul(h, w2_HI, accumulator, grade), output_format)
+    h = rounded(h, contract.activation)
+    if weight is not None:
+        h = rounded(product(weight, h, accumulator), contract.weighted_activation)
+    h = quantised(h, contract.quantise_activation, accumulator)
+    return rounded(matmul(h, w2_HI, accumulator, grade), contract.expert_output)
 
 
 def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:

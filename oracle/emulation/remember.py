@@ -18,7 +18,7 @@ _KEPT = 8
 #: All that expert outputs depend on in a contract.
 _OF_EXPERTS = (
     *("accumulator", "weighted_input", "quantise_input", "gate_up", "gate"),
-    *("activation", "quantise_activation", "expert_output"),
+    *("activation", "weighs", "weighted_activation", "quantise_activation", "expert_output"),
 )
 
 

@@ -10,8 +10,9 @@ Legend: T tokens of all ranks in rank order, H hidden_size.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from twinmoe.oracle.bits import as_bits
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.contract import KEPT
+from twinmoe.oracle.contract import default_rows
 from twinmoe.oracle.diagnose import diagnosis_of
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.failures import WorkerFailure
@@ -20,7 +21,6 @@ from twinmoe.oracle.golden.file import GoldenError
 from twinmoe.oracle.golden.norm import Drawn, declared, same_interval
 from twinmoe.oracle.golden.record import rounds_of, shown_tensors
 from twinmoe.oracle.golden.target import NotRun, Question, Resplit, Target, questions
-from twinmoe.oracle.live_layer import as_bits
 from twinmoe.oracle.scenario import Change, Scenario
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.showing import judge_showings
@@ -177,8 +177,8 @@ def require_norm(case: Case, forward: Forward, asked: Scenario, device: str) -> 
             f"({error}): nothing declares its roundings; record it again"
         ) from None
     points = dict(contract.rows())
-    # a point that the file's version did not know was stored nowhere
-    recorded = dict.fromkeys(points, KEPT) | forward.points
+    # a point that the file's version did not know was as where it is left out
+    recorded = {name: default_rows().get(name, "") for name in points} | forward.points
     if points != recorded:
         moved = [name for name in points if points[name] != recorded[name]]
         raise GoldenError(

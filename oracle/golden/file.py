@@ -92,6 +92,8 @@ def occupied(path: Path) -> str:
 def load(path: Path) -> Golden:
     """Read a golden file; raises GoldenError for one that is not, or not whole."""
     refuse = _Refusal(path)
+    if path.exists() and not path.is_file():
+        raise refuse("cannot be read", "it is no regular file", "name a file that was recorded")
     try:
         with path.open("rb") as file:
             # Somebody else's file may be a model of many GiB: its header is enough to refuse it.
@@ -151,6 +153,8 @@ def _metadata(
     try:
         header = json.loads(first[8:] + file.read(length - 1))
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("metadata are strings")
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise refuse("is damaged", "its header cannot be read", _AGAIN) from None

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.bits import as_bits
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import eager_contract, graphed_contract
 from twinmoe.oracle.envelope import Enclosure
-from twinmoe.oracle.live_layer import as_bits
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.truth import Truth
 

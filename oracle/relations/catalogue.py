@@ -49,6 +49,13 @@ def _halves_joined(case: Case, plain: Shown, changed: Sequence[Shown]) -> Iterat
     yield Mapped(torch.cat([torch.cat([a.output_TH, b.output_TH]) for a, b in pairs]))
 
 
+def _all_but_the_poisoned(case: Case, plain: Shown, changed: Sequence[Shown]) -> Iterator[Mapped]:
+    rows_TH, before_TH = rows_of(changed[0]).clone(), rows_of(plain)
+    token = changes.PoisonedToken(case.seed).token(len(rows_TH))
+    rows_TH[token] = before_TH[token]
+    yield Mapped(rows_TH)
+
+
 def _same_routing(_case: Case, plain: Shown, changed: Sequence[Shown]) -> Iterator[Complaint]:
     """Ids and weights, bit for bit: the bias is exact and cancels in the comparison."""
     for name in ("ids_TK", "weights_TK"):
@@ -133,6 +140,13 @@ _ALL = (
         lambda case: not case.config.router_weight_on_input,
         lambda _: (changes.Tracers(),),
         lambda *_: iter(()),
+    ),
+    Relation(
+        "poisoned_token",
+        "a token that is NaN is its own affair: no other token's answer changes",
+        lambda case: sum(case.tokens) > 1,
+        lambda case: (changes.PoisonedToken(case.seed),),
+        _all_but_the_poisoned,
     ),
     Relation(
         "alone",

@@ -141,6 +141,23 @@ class Tracers(Change):
 
 
 @dataclass(frozen=True)
+class PoisonedToken(Change):
+    """One token, of all ranks, is NaN throughout."""
+
+    seed: int
+
+    def hidden(self, hidden_by_rank: list[Tensor]) -> list[Tensor]:
+        """Overwrite one row."""
+        rows_TH = torch.cat(hidden_by_rank)
+        rows_TH[self.token(len(rows_TH))] = torch.nan
+        return _split_as(rows_TH, hidden_by_rank)
+
+    def token(self, count: int) -> int:
+        """Which one of ``count``."""
+        return self.seed % count
+
+
+@dataclass(frozen=True)
 class Alone(Change):
     """One rank has all experts and all tokens: expert parallelism of size 1."""
 

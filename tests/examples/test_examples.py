@@ -44,7 +44,7 @@ def check(subject: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @needs_transformers
-@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
 def test_blocks_of_transformers_are_equivalent(model: str) -> None:
     """Under the contract of their eager code."""
     done = check(f"hugging_face_blocks.py:{model}")

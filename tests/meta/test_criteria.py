@@ -9,9 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from twinmoe.oracle import RankObservation, cost
+from twinmoe.oracle import RankObservation, cli, cost
 from twinmoe.oracle.calibrate import PathRecord, calibrate_paths, calibration_cases
-from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.compare_criteria import CORRECT, SUBJECTS, compare_criteria, exhibits
 from twinmoe.oracle.criteria import CRITERIA, OURS, Classical, Exhibit
 from twinmoe.oracle.envelope import Enclosure, rounded
@@ -112,7 +111,7 @@ def test_the_command_compares_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture, numbers = tmp_path / "criteria.png", tmp_path / "criteria.json"
     arguments = ["--compare-criteria", "--draws", "1", "--plot", str(picture)]
-    result = CliRunner().invoke(calibrate, [*arguments, "--json", str(numbers)])
+    result = CliRunner().invoke(cli.main, ["calibrate", *arguments, "--json", str(numbers)])
     assert result.exit_code == 0, result.output
     assert all(subject in result.output for subject in SUBJECTS)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -127,7 +126,7 @@ def test_the_command_prints_what_a_judgement_costs(
     """--cost judges the reference with weights made late, and says how long that took."""
     monkeypatch.setattr(cost, "SIZES", {"small": cost.SIZES["small"]})
     numbers = tmp_path / "cost.json"
-    result = CliRunner().invoke(calibrate, ["--cost", "--json", str(numbers)])
+    result = CliRunner().invoke(cli.main, ["calibrate", "--cost", "--json", str(numbers)])
     assert result.exit_code == 0, result.output
     (measured,) = json.loads(numbers.read_text(encoding="utf-8"))
     assert 0 < measured["making"] < measured["seconds"]
@@ -138,7 +137,7 @@ def test_the_command_prints_what_a_judgement_costs(
 def test_a_missing_matplotlib_is_told_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """--plot without the optional extra exits 2 and says how to get it."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = CliRunner().invoke(calibrate, ["--plot", "x.png"])
+    result = CliRunner().invoke(cli.main, ["calibrate", "--plot", "x.png"])
     assert result.exit_code == 2
     assert "pip install 'twinmoe[plot]'" in result.output
 
@@ -148,6 +147,7 @@ def test_a_missing_folder_is_told_before_measuring(option: str, tmp_path: Path) 
     """What could not be saved in the end is refused at the start."""
     if option == "--plot":
         pytest.importorskip("matplotlib")
-    result = CliRunner().invoke(calibrate, [option, str(tmp_path / "nowhere" / "file")])
+    file = tmp_path / "nowhere" / "file.png"
+    result = CliRunner().invoke(cli.main, ["calibrate", option, str(file)])
     assert result.exit_code == 2
-    assert "is not a directory" in result.output
+    assert "is not a folder" in result.output

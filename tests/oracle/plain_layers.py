@@ -136,7 +136,39 @@ def wrong_taps(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> 
     return PlainLayer(lambda hidden_TH: (hidden_TH, Taps(ids_TK=torch.zeros(3, 1))), contract)
 
 
+def wrong_layout(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward whose answer has no rows in memory."""
+    contract = storage_contract("sparse", config.dtype)
+    return PlainLayer(lambda hidden_TH: hidden_TH.to_sparse(), contract)
+
+
+def listed_taps(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward that shows ids as a list."""
+    contract, taps = storage_contract("listed", config.dtype), Taps(ids_TK=[[0, 1]] * 3)  # type: ignore[arg-type]
+    return PlainLayer(lambda hidden_TH: (hidden_TH, taps), contract)
+
+
+def scores_for_ids(config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A forward that shows scores where ids belong."""
+    contract = storage_contract("scores", config.dtype)
+    return PlainLayer(lambda x_TH: (x_TH, Taps(ids_TK=torch.rand(len(x_TH), 2))), contract)
+
+
 @runs(lambda config: neutral(config, no_such_setting=1))
 def wrong_runs(_config: MoEConfig, _weights: MoEWeights, _place: RankContext) -> object:
     """A declaration that fails on every config."""
     return None
+
+
+@runs(lambda config: config)
+def overwriting(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """One buffer for all answers of a size, as a graph's output is."""
+    layer = right(config, weights, place)
+    buffers: dict[int, Tensor] = {}
+
+    def forward(hidden_TH: Tensor) -> tuple[Tensor, Taps]:
+        out_TH, taps = layer.forward(hidden_TH)
+        kept_TH = buffers.setdefault(len(out_TH), torch.empty_like(out_TH))
+        return kept_TH.copy_(out_TH), taps
+
+    return PlainLayer(forward, layer.contract)

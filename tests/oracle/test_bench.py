@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 from twinmoe.optimized.experts import choose_backend
 from twinmoe.optimized.experts.timings import Shape
+from twinmoe.oracle import cli
 from twinmoe.oracle.bench import Row, slowest
-from twinmoe.oracle.bench_cli import bench, expert_timings, table
+from twinmoe.oracle.bench_cli import expert_timings, table
 from twinmoe.reference.published import published, scaled
 
 
@@ -36,9 +37,30 @@ def test_ratios_are_to_the_quickest_path_of_the_same_stage() -> None:
 def test_counts_that_are_none_are_refused() -> None:
     """A list is a list of positive numbers."""
     for text in ("1,x", "0"):
-        result = CliRunner().invoke(bench, ["--device", "cpu", "--gpus", text])
-        assert result.exit_code == 2
-        assert "write 1,2,4" in result.output or "use 1 or more" in result.output
+        for option in ("--gpus", "--tokens"):
+            run = ["bench", "--device", "cpu", option, text]
+            result = CliRunner().invoke(cli.main, run)
+            assert result.exit_code == cli.COULD_NOT_RUN
+            assert f"{option} ({text!r})" in result.stderr
+            assert "write 1,2,4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--json", "/nowhere/x.json"], "/nowhere is not a folder"),
+        (["--backend", "foo"], "'foo' is not one of"),
+        (["--backend", "flashinfer"], "'flashinfer' cannot run this layer"),
+        (["--tokens", "999999999"], "must be counts from 1 to"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_it_is_tried(
+    options: list[str], complaint: str
+) -> None:
+    """No worker starts for it, and no minutes are lost."""
+    result = CliRunner().invoke(cli.main, ["bench", "--device", "cpu", "--gpus", "1", *options])
+    assert result.exit_code == cli.COULD_NOT_RUN
+    assert complaint in result.stderr
 
 
 def test_experts_are_recorded_by_the_shape_of_a_share() -> None:
@@ -65,7 +87,7 @@ def test_every_stage_is_measured_on_every_path(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--gpus", "2", "--tokens", "2", "--scale", "64"]
     options += ["--model", "qwen3-30b-a3b", "--backend", "triton", "--json", str(file)]
     options += ["--record", str(tmp_path / "mine.json")]
-    result = CliRunner().invoke(bench, options)
+    result = CliRunner().invoke(cli.main, ["bench", *options])
     assert result.exit_code == 0, result.output
     rows = [Row(**values) for values in json.loads(file.read_text())["rows"]]
     assert {(r.stage, r.path) for r in rows} == {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from twinmoe.oracle import cli
+from twinmoe.oracle import cli, terminal
 from twinmoe.oracle.strategies import CORNERS
 from twinmoe.oracle.trial import Trial
 
@@ -166,9 +166,17 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["check", "--dtype", "int8"], ("'int8'", "unknown", "bf16, fp16, fp32")),
     (["check", "--dtype", "bf16,"], ("''", "unknown", "bf16, fp16, fp32")),
     (["check", "--model", "gpt-2"], ("'gpt-2'", "not one of", "mixtral-8x7b")),
-    (["check", "--ep", "0"], ("0", "not a group size", "use 1 or more")),
-    (["check", "--ep", "two"], ("'two'", "not a list of sizes", "write 1,2,4,8")),
-    (["check", "--ep", ""], ("''", "not a list of sizes", "write 1,2,4,8")),
+    (["check", "--ep", "0"], ("--ep ('0')", "group sizes from 1 to 64", "write 1,2,4")),
+    (["check", "--ep", "two"], ("--ep ('two')", "not a list of group sizes", "write 1,2,4")),
+    (["check", "--ep", ""], ("--ep ('')", "not a list of group sizes", "write 1,2,4")),
+    (["check", "--ep", "1,65"], ("'1,65'", "each rank is a process", "write 1,2,4")),
+    (["check", "--timeout", "nan"], ("nan", "no finite number", "--help")),
+    (["check", "--timeout", "inf"], ("inf", "no finite number", "--help")),
+    (["calibrate", "--loosen", "nan"], ("nan", "no finite number", "--help")),
+    (["calibrate", "--cost", "--compare-criteria"], ("--cost", "ask for one at a time")),
+    (["calibrate", "--cost", "--subject", "x:y"], ("--subject", "ignored by --cost", "leave it")),
+    (["calibrate", "--cost", "--plot", "x.png"], ("--plot", "ignored by --cost", "leave it out")),
+    (["calibrate", "--plot", "x.foo"], ("x.foo", "no known format", ".png")),
     (
         ["check", "--model", "mixtral-8x7b", "--ep", "16"],
         ("num_experts (8)", "ep_size (16)", "use an ep_size that divides 8"),
@@ -178,8 +186,9 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["check", "--cases", "0"], ("0", "range", "--help")),
     (["check", "--seed", "x"], ("'x'", "not a valid integer", "--help")),
     (["check", "--timeout", "0"], ("0", "range", "--help")),
-    (["check", "--json", "/nowhere/x.json"], ("/nowhere/x.json", "not a directory", "create it")),
-    (["check", "--json", "/tmp"], ("'/tmp'", "is a directory", "--help")),
+    (["check", "--json", "/nowhere/x.json"], ("/nowhere/x.json", "not a folder", "create it")),
+    (["check", "--json", "/tmp"], ("--json (/tmp)", "is a folder", "name a file")),
+    (["check", "--json", ""], ("--json (.)", "is a folder", "name a file")),
     (["check", "--fault", "gremlin"], ("'gremlin'", "not in the registry", "use one of zeros")),
     (
         ["check", "--transport", "alltoall", "--mode", "graphed"],
@@ -216,8 +225,8 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file without permission to write is found out first, not after minutes of checking."""
-    monkeypatch.setattr(cli.os, "access", lambda *_: False)
+    monkeypatch.setattr(terminal.os, "access", lambda *_: False)
     result = refused("check", "--json", str(tmp_path / "report.json"))
     assert result.exit_code == cli.COULD_NOT_RUN
     assert "no permission" in result.stderr
-    assert "choose another file" in result.stderr
+    assert "choose another" in result.stderr

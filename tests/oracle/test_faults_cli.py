@@ -80,7 +80,8 @@ def test_correct_variations_pass(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--only", "zeroes"], "--only names zeroes, which is not in the registry"),
+        (["--only", "zeroes"], "--only (zeroes) names 'zeroes', which is not in the registry"),
+        (["--only", "RT02,"], "--only (RT02,) names '', which is not in the registry"),
         (["--ep", "3"], "--ep ('3') has 1 size(s) that the stream does not draw"),
         (["--ep", "two"], "--ep ('two')"),
     ],

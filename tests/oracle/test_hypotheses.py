@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from twinmoe.oracle import RankObservation, Taps, storage_contract
 from twinmoe.oracle.case import Case
@@ -15,6 +16,8 @@ from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.showing import Showing
 from twinmoe.oracle.subject import Call
+from twinmoe.reference import router
+from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.layer import MoELayer
 
 #: A layer in which every mistake of meaning changes something.
@@ -60,6 +63,35 @@ def test_a_mistake_is_named_in_a_layer_that_makes_it(sentence: str) -> None:
     """The sentence is among those that fit."""
     line = LINE if sentence in of_meaning(LINE) else OTHER
     assert sentence in diagnosis_of([showing_of(line, of_meaning(line)[sentence])])
+
+
+VANISHING = (
+    "T=12,H=32,I=16,E=8,k=3,scoring_func=sigmoid,routing=silent,dtype=bf16,transport=alltoall"
+)
+
+
+@pytest.mark.parametrize("value", [1e-6, 1e-9, 1e-12])
+def test_another_epsilon_is_named(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Where the scores of a token vanish."""
+    monkeypatch.setattr(router, "NORM_EPSILON", value)
+    (sentence,) = diagnosis_of([showing_of(VANISHING, right(VANISHING))])
+    assert sentence.startswith(f"{value:g} is added to the sum")
+
+
+def test_groups_ranked_without_the_bias_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best groups are found by other scores than the experts in them."""
+    true = right(LINE)
+    bias_E = true.weights.correction_bias_E
+    assert bias_E is not None
+    limited = router.limit_to_groups
+
+    def unbiased(config: MoEConfig, choice_TE: Tensor) -> Tensor:
+        kept_TE = limited(config, choice_TE - bias_E) > -torch.inf
+        return choice_TE.masked_fill(~kept_TE, -torch.inf)
+
+    monkeypatch.setattr(router, "limit_to_groups", unbiased)
+    told = diagnosis_of([showing_of(LINE, true)])
+    assert told == ["groups are ranked by scores without the correction bias"]
 
 
 def test_a_right_layer_has_no_diagnosis() -> None:

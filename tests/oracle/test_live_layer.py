@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from twinmoe.optimized.communication.pool_setup import release_pools
+from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.live_layer import LiveLayer, same_bits
+from twinmoe.oracle.live_layer import LiveLayer
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.subject import Call, OptimizedSubject, ReferenceSubject

@@ -198,6 +198,9 @@ def test_a_missing_factor_is_named(judged: Callable[[str], Trial]) -> None:
         ("wrong_dtype", "returned torch.float64, but its contract 'wide' stores outputs in bf16"),
         ("wrong_device", "returned a tensor on meta for an input on cpu"),
         ("wrong_taps", r"ids_TK has shape \(3, 1\), expected \(3, 2\)"),
+        ("wrong_layout", "layout torch.sparse_coo.*return output.to_dense"),
+        ("listed_taps", r"ids_TK is list: show a tensor \(3, 2\)"),
+        ("scores_for_ids", "ids_TK are torch.float32: ids are integers"),
     ],
 )
 def test_what_is_no_layer_is_refused(
@@ -206,6 +209,16 @@ def test_what_is_no_layer_is_refused(
     """A factory, or a forward, that returns something else says what and what to return."""
     with pytest.raises(WorkerError, match=words):
         judged(layer).run(Case.parse(LINE))
+
+
+def test_an_answer_that_is_overwritten_later_is_called_so(judged: Callable[[str], Trial]) -> None:
+    """Not the arithmetic, which is right: who kept the first answer would find the second."""
+    trial = judged("overwriting")
+    assert trial.run(Case.parse(LINE)).equivalent
+    outcome = trial.run(Case.parse(f"{LINE},history=f0.d0.f0.f1.f1"))
+    messages = [finding.message for finding in outcome.findings]
+    assert messages
+    assert all("overwrote what forward" in message for message in messages)
 
 
 def test_a_module_with_a_contract_is_a_layer() -> None:

@@ -113,3 +113,29 @@ def test_a_check_whose_workers_die_leaves_nothing_behind() -> None:
         assert stderr == ""
         program.wait_for(lambda: not program.family(), 10)
     assert segments() <= before
+
+
+@pytest.mark.parametrize("command", [["contracts"], ["--help"], ["doctor"]])
+def test_what_nobody_could_read_is_no_verdict(command: list[str]) -> None:
+    """Exit 2, and one line, where the output goes nowhere: 1 would call a layer wrong."""
+    with Path("/dev/full").open("w") as nowhere:
+        run = subprocess.run(
+            [sys.executable, "-m", "twinmoe.oracle", *command],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert run.returncode == cli.COULD_NOT_RUN, run.stderr
+    assert "No space left" in run.stderr
+
+
+def test_a_defect_of_the_program_is_no_verdict() -> None:
+    """Exit 2 with the traceback, whatever goes wrong inside."""
+    program = "from twinmoe.oracle import cli; cli.diagnosis.versions = lambda: 1 / 0; cli.main()"
+    run = subprocess.run(
+        [sys.executable, "-c", program, "doctor"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == cli.COULD_NOT_RUN
+    assert "ZeroDivisionError" in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("twinmoe: this is a defect of twinmoe")

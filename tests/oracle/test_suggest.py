@@ -129,7 +129,7 @@ def fit_of(**points: object) -> Fit:
 def test_the_proposed_code_declares_what_was_judged() -> None:
     """The line that is printed makes the contract that fitted, with a wire over several ranks."""
     fit = fit_of(gate=FORMATS[CONFIG.dtype], gate_up=None)
-    one, two = Suggestion([fit], CONFIG), Suggestion([fit], CONFIG, ranks=2)
+    one, two = Suggestion([fit], [CONFIG]), Suggestion([fit], [CONFIG], ranks=2)
     (line,) = one.code(fit)
     assert line == (
         "contract = replace(storage_contract('mine', config.dtype), "
@@ -148,7 +148,7 @@ def test_a_found_wire_replaces_the_first_one() -> None:
     wire = next(move for move in moves if dict(move.points).get("partial") != FP32 and
                 "wire" in dict(move.points))  # fmt: skip
     fit = Fit(frozenset([wire]))
-    code = "\n".join(Suggestion([fit], CONFIG, ranks=2).code(fit))
+    code = "\n".join(Suggestion([fit], [CONFIG], ranks=2).code(fit))
     assert code.count("partial=") == 1
     assert "partial=narrow" in code
 
@@ -156,4 +156,4 @@ def test_a_found_wire_replaces_the_first_one() -> None:
 def test_a_contract_that_was_never_decided_is_not_proposed() -> None:
     """Cases in which near ties leave everything open prove no contract."""
     undecided = Fit(frozenset(), fits=2, cases=2, undecided=2)
-    assert Suggestion([undecided], CONFIG).best is None
+    assert Suggestion([undecided], [CONFIG]).best is None

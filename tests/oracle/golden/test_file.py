@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.golden import Golden, GoldenError, load, save
 from twinmoe.oracle.golden import file as golden_file
-from twinmoe.oracle.live_layer import same_bits
 from twinmoe.reference.config import ConfigError
 
 Damage = Callable[[bytes], bytes]

@@ -88,7 +88,7 @@ def test_a_layer_that_answers_nothing_has_no_verdict(run: Run, file: Path) -> No
 _CHOICES = ("different ways", "--suite", "--case", "--model")
 BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["compare", "/nowhere/x"], ("/nowhere/x", "cannot be read", "name a file")),
-    (["record", "/nowhere/x"], ("/nowhere/x", "no folder", "create /nowhere")),
+    (["record", "/nowhere/x"], ("/nowhere/x", "not a folder", "create it first")),
     (["record", "x", "--case", "what"], ("'what'", "not key=value")),
     (["record", "x", "--case", f"{LINES[0]},fault=zeros"], ("'zeros'", "no norm", "leave it out")),
     (["record", "x", "--case", LINES[0], "--model", "mixtral-8x7b"], _CHOICES),

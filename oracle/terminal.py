@@ -1,0 +1,117 @@
+"""What the commands share: one console, progress, and options that mean the same everywhere."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from twinmoe.reference.config import ConfigError
+
+EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+
+#: Columns of a log, which has none of its own: as wide as tables want to be.
+_LOG_COLUMNS = 120
+
+#: More processes than any host of ours has devices: a typing mistake, not a group.
+_MOST_RANKS = 64
+
+#: One step done, and what is being done now, if that is to be shown.
+Advance = Callable[..., None]
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Whoever read has gone, so nobody has seen a verdict."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(COULD_NOT_RUN)
+
+
+console = _Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_COLUMNS)
+
+
+def say(text: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, total: int, columns: int = 0) -> Iterator[Advance]:
+    """A bar that is gone when the body is done; call what is given for each step.
+
+    ``columns`` keeps that many for what is being done, so that the bar stands still.
+    """
+    shown = (
+        TextColumn(f"{{task.description:{columns or len(what)}}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*shown, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(now: str | None = None, steps: int = 1) -> None:
+            bar.update(task, advance=steps, description=now)
+
+        yield advance
+
+
+class Finite(click.FloatRange):
+    """A number in a range, which NaN passes everywhere: nothing is less than it, or more."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a number that can be counted to."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
+def timeout_option(default: float) -> Callable[[Any], Any]:
+    """``--timeout``: how patient the watchdog is."""
+    return click.option(
+        "--timeout", type=Finite(min=1), default=default, show_default=True,
+        help="Seconds without progress that count as a hang.",
+    )  # fmt: skip
+
+
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where layers run.",
+)  # fmt: skip
+
+json_option = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write a report for programs."
+)
+
+
+def ranks_of(text: str, option: str) -> list[int]:
+    """Group sizes from ``1,2,4``; raises ConfigError for what is none."""
+    parts = [part.strip() for part in text.split(",")]
+    sizes = [int(part) for part in parts if part.isdecimal()]
+    if len(sizes) < len(parts) or not all(1 <= size <= _MOST_RANKS for size in sizes):
+        raise ConfigError(
+            f"{option} ({text!r}) is not a list of group sizes from 1 to {_MOST_RANKS}: each rank "
+            "is a process; write 1,2,4"
+        )
+    return sizes
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Raise ConfigError, before anything runs, unless a file can be written there."""
+    if path is None:
+        return
+    if path.is_dir():  # as the empty path is
+        raise ConfigError(f"{option} ({path}) is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"{option} ({path}) cannot be written: {path.parent} is not a folder; create it first"
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} ({path}) cannot be written: no permission; choose another")

@@ -1,0 +1,86 @@
+"""Layers that are right but in one corner: past a size, a range or a count, beside a NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from tests.oracle.mistaken_layers import Parts, factory_of
+from tests.oracle.plain_layers import right
+from twinmoe.oracle.plain_layer import LayerFactory, PlainLayer
+from twinmoe.oracle.testing import neutral, runs
+from twinmoe.oracle.worker import RankContext
+from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.weights import MoEWeights
+
+#: (output, input) -> what is returned instead.
+Spoil = Callable[[Tensor, Tensor], Tensor]
+
+
+def _spoilt(spoil: Spoil) -> LayerFactory:
+    """The readable twin, whose answer is spoilt."""
+
+    def make(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+        layer = right(config, weights, place)
+
+        def forward(hidden_TH: Tensor) -> object:
+            out_TH, taps = layer.forward(hidden_TH)
+            return spoil(out_TH, hidden_TH), taps
+
+        return PlainLayer(forward, layer.contract)  # type: ignore[arg-type]
+
+    return runs(lambda config: config)(make)
+
+
+def _lost_after(rows: int) -> Spoil:
+    return lambda out_TH, _: torch.cat([out_TH[:rows], torch.zeros_like(out_TH[rows:])])
+
+
+sixty_four_rows = _spoilt(_lost_after(64))
+a_hundred_rows = _spoilt(_lost_after(100))
+one_row_wrong = _spoilt(lambda out_TH, _: out_TH * 2 if len(out_TH) == 1 else out_TH)
+leaky = _spoilt(lambda out_TH, hidden_TH: out_TH + (0 * hidden_TH.sum()))
+
+
+@runs(lambda config: config)
+def tired(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """From its tenth call on, nothing."""
+    layer, calls = right(config, weights, place), count(1)
+
+    def forward(hidden_TH: Tensor) -> object:
+        out_TH, taps = layer.forward(hidden_TH)
+        return out_TH * (next(calls) < 10), taps
+
+    return PlainLayer(forward, layer.contract)  # type: ignore[arg-type]
+
+
+@runs(lambda config: config)
+def coarse_bias(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """The correction bias in 16 bits, as ``model.to(dtype)`` leaves it."""
+    bias_E = weights.correction_bias_E
+    if bias_E is not None:
+        weights = replace(weights, correction_bias_E=bias_E.bfloat16().float())
+    return right(config, weights, place)
+
+
+def _eight_at_most(top: Tensor) -> Tensor:
+    weights = top / top.sum(dim=-1, keepdim=True)
+    return weights * (torch.arange(top.shape[1]) < 8)
+
+
+byte_ids = factory_of(Parts(mine=lambda own, ids: [ids.to(torch.uint8) == e for e in own]))
+eight_experts = factory_of(Parts(weigh=_eight_at_most))
+bare_softmax = factory_of(Parts(score=lambda z: z.exp() / z.exp().sum(dim=-1, keepdim=True)))
+
+
+def _with_sigmoids(config: MoEConfig) -> MoEConfig:
+    return replace(neutral(config), scoring_func="sigmoid")
+
+
+large_epsilon = runs(_with_sigmoids)(
+    factory_of(Parts(score=torch.sigmoid, weigh=lambda top: top / (top.sum(-1, True) + 1e-12)))
+)
