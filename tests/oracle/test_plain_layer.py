@@ -215,7 +215,7 @@ def test_an_answer_that_is_overwritten_later_is_called_so(judged: Callable[[str]
     """Not the arithmetic, which is right: who kept the first answer would find the second."""
     trial = judged("overwriting")
     assert trial.run(Case.parse(LINE)).equivalent
-    outcome = trial.run(Case.parse(f"{LINE},history=f0.d0.f0.f1.f1"))
+    outcome = trial.run(Case.parse(f"{LINE},history=f0.f1.f2"))
     messages = [finding.message for finding in outcome.findings]
     assert messages
     assert all("overwrote what forward" in message for message in messages)
