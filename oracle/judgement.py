@@ -319,15 +319,13 @@ class _Judgement:
         index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
         worst = float(ratio[index])
         size = f"{worst:.3g}x the radius" if math.isfinite(worst) else "no error is allowed"
-        kind = f"outside {self.grade.name}"
-        if proof:
-            kind = "outside HARD: not the declared arithmetic"
+        grade = "HARD: not the declared arithmetic" if proof else self.grade.name
         self._report(
             stage,
             index[0],
             f"{what}[{self._place(index[0])}, {axis} {', '.join(map(str, index[1:]))}] = "
             f"{float(observed[index]):.6g}, allowed {float(result.low[index]):.6g} .. "
-            f"{float(result.high[index]):.6g} ({size}, {kind}; "
+            f"{float(result.high[index]):.6g} ({size}, outside {grade}; "
             f"{int(result.outside.sum())} of {result.elements} elements outside)",
             index[-1],
             ratio=worst,

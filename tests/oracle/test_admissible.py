@@ -156,3 +156,11 @@ def test_the_reference_is_admissible_when_one_expert_scores_nan(scoring):
     routing = TopKRouter(config, weights)(x_TH)
     assert not (routing.ids_TK == 1).any()
     assert truth_of(config, weights, x_TH).admissible(routing.ids_TK).all()
+
+
+def test_of_tied_groups_beside_near_ties_the_lower_stays():
+    """Groups 0 and 1 tie exactly, 2 and 3 nearly with both: wherever 1 is kept, so is 0."""
+    config = config_of(8, 1, n_group=4, topk_group=2, scoring_func="sigmoid")
+    near = 1 + 2.0**-23
+    logits = [[1.0, 1.0, 1.0, 1.0, near, near, near, near]]
+    assert admitted(truth_of_logits(config, logits)) == {(0,), (4,)}

@@ -138,3 +138,35 @@ def test_the_groupings_are_the_batch_its_ranks_and_its_experts():
             [False, True, True],
         ]
     )
+
+
+# --- groups of tokens -------------------------------------------------------------------------
+
+RANK_T = torch.tensor([0] * 200 + [1] * 40)
+IDS_TK = torch.tensor([[0, 1]] * 200 + [[2, 3]] * 40)
+EVERYONE_T = torch.ones(240, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("by", ["rank", "expert"])
+def test_flips_of_one_sign_in_one_group_raise_the_alarm(by):
+    """One rank, or one expert, among others that are right; not where signs say nothing."""
+    sign_T = torch.cat([torch.tensor([1.0, -1.0]).repeat(100), torch.ones(40)]).double()
+    some = flips(torch.full((240,), 0.1).double(), 0.2, sign_T)
+    rank_T = RANK_T if by == "rank" else torch.zeros_like(RANK_T)
+    alarm = aggregates.first_alarm(some, rank_T, IDS_TK, EVERYONE_T)
+    assert alarm is not None
+    assert alarm.token == 200
+    who = "rank 1" if by == "rank" else "tokens of expert 2"
+    assert f"the elements of {who}" in alarm.message
+    assert "away from zero" in alarm.message
+    assert aggregates.first_alarm(some, rank_T, IDS_TK, EVERYONE_T, signed=False) is None
+    assert aggregates.first_alarm(some, rank_T, IDS_TK, RANK_T == 0) is None
+
+
+def test_likely_flips_say_nothing_by_their_sign():
+    """Where an element may flip as well as not, its direction is no evidence."""
+    centre, seen = torch.ones(1, 2).double(), torch.tensor([[1.5, 1.5]]).double()
+    for chance, silent in ((0.3, True), (0.2, False)):
+        chance_TH = torch.full((1, 2), chance).double()
+        counted = aggregates.flips_of(seen, centre, chance_TH, chance_TH[:, 0])
+        assert bool(counted.sign_T.isnan()) is silent

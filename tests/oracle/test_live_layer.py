@@ -103,3 +103,11 @@ def test_bits_are_compared_and_not_values() -> None:
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(torch.zeros(2), torch.zeros(3))
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+
+
+def test_two_weights_of_a_row_that_change_places_are_told() -> None:
+    """Their sum is what it was."""
+    layer = live()
+    w2_LHI = layer.subject.weights.w2_LHI
+    w2_LHI[0, 0, [0, 1]] = w2_LHI[0, 0, [1, 0]]
+    assert layer.observe(hidden(), CALL)[1] == ["the forward overwrote the layer's weights"]

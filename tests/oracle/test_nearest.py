@@ -10,7 +10,7 @@ import torch
 
 from tests.oracle.rounding_layers import KEPT, NARROW_ROUTER, STORED, answer
 from twinmoe.oracle import RankObservation, storage_contract
-from twinmoe.oracle.contract import Order, RoundingContract, Ties, Wire
+from twinmoe.oracle.contract import Order, RoundingContract, Scales, Ties, Weighs, Wire
 from twinmoe.oracle.contracts import on_device
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.evidence import Evidence
@@ -130,6 +130,6 @@ def test_the_code_makes_the_contract(dtype: torch.dtype, device: str, weighs_inp
     for move in moves_from(contract, config, 2):
         code = f"replace(contract, {as_code([move], config, 'FORMATS[config.dtype]')})"
         names = {"replace": replace, "contract": contract, "FORMATS": FORMATS, "config": config}
-        names |= {"Order": Order, "Wire": Wire, "FP32": FP32}
+        names |= {"Order": Order, "Scales": Scales, "Weighs": Weighs, "Wire": Wire, "FP32": FP32}
         assert eval(code, names) == made(contract, [move])
         assert made(contract, [move]) != contract

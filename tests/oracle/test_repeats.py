@@ -69,3 +69,15 @@ def test_a_sum_in_any_order_promises_the_routing_alone() -> None:
     again = [replace(again[0], observation=replace(again[0].observation, taps=taps))]
     (finding,) = changed_answers([first, again])
     assert finding.stage == "router"
+
+
+def test_an_output_that_changed_alone_is_told_whichever_rank_gave_it() -> None:
+    """The taps are as before, on both ranks."""
+
+    def ranks(act: str, value: float) -> list[Answer]:
+        one, two = answer(act)[0], answer(act)[0]
+        seen = replace(two.observation, output_TH=torch.full((2, 4), value))
+        return [one, replace(two, observation=seen)]
+
+    (finding,) = changed_answers([ranks("first", 1.0), ranks("second", 1.5)])
+    assert (finding.stage, finding.rank) == ("output", 1)

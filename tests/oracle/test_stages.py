@@ -161,3 +161,35 @@ def test_the_weakest_slot_of_one_token_shows_without_taps():
 
     verdict = verdict_of({"weights": on_rank(rank, lose)}, tapped=False)
     assert (verdict.culprit.rank, verdict.culprit.token) == (rank, row)
+
+
+# --- what is held to the last bit -------------------------------------------------------------
+
+
+def test_a_sum_in_rank_order_is_held_to_the_last_bit():
+    """Its order is declared, so that no error at all is allowed."""
+    verdict = verdict_of({"routed": on_rank(2, lambda sums: sums.nextafter(sums + 1))})
+    assert verdict.culprit.stage == "combine"
+    assert "no error is allowed" in verdict.culprit.message
+
+
+@pytest.mark.parametrize(
+    ("tap", "what"), [("gathered_ids", "ids"), ("gathered_weights", "weights")]
+)
+def test_routing_that_arrives_otherwise_than_sent_is_dispatchs(tap, what):
+    """Two tokens' ids, or weights, exchanged on the way to one rank."""
+    subject, truth, contract = graphed()
+    seen = subject.observe()
+    rows = getattr(seen[3].taps, tap).clone()
+    rows[[0, 1]] = rows[[1, 0]]
+    seen[3] = replace(seen[3], taps=replace(seen[3].taps, **{tap: rows}))
+    culprit = judge(seen, truth, contract).culprit
+    assert culprit.stage == "dispatch"
+    assert f"gathered {what} of token 0 on rank 0" in culprit.message
+    assert "as received by rank 3" in culprit.message
+
+
+def test_no_expert_is_no_answer():
+    """Id -1 is for padding."""
+    verdict = verdict_of({"ids": on_rank(0, lambda ids: torch.where(ids == 0, -1, ids))})
+    assert verdict.culprit.stage == "router"

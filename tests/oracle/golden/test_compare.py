@@ -160,3 +160,36 @@ def test_contracts_are_found_again_by_name() -> None:
     case = Case.parse("T=3/2,H=32,I=16,E=4,k=2,dtype=bf16,wire=model")
     for name in ("p2p + triton", "nvls + grouped_mm", "nccl + flashinfer", "alltoall + triton"):
         assert declared(case, name, "cpu").name == name
+
+
+def test_other_hidden_states_are_no_norm(golden: Golden, trial: Trial) -> None:
+    """Weights and inputs both have to be drawn as they were."""
+    digests = {**golden.cases[0].forwards[0].digests, "hidden": "0" * 64}
+    with pytest.raises(GoldenError, match="hidden are drawn otherwise here"):
+        compare(altered(golden, digests=digests), trial)
+
+
+@pytest.mark.parametrize("part", ["radius", "value"])
+def test_another_interval_is_no_norm(golden: Golden, trial: Trial, part: str) -> None:
+    """Four times as wide, or four radii beside: it is another mathematics."""
+    tensors = dict(golden.cases[0].forwards[0].tensors)
+    moved = {
+        "radius": tensors["radius"] * 4,
+        "value": tensors["value"] + 4 * tensors["radius"],
+    }
+    tensors[part] = moved[part]
+    with pytest.raises(GoldenError, match="elements of its truth come out otherwise"):
+        compare(altered(golden, tensors=tensors), trial)
+
+
+def test_a_point_that_a_file_does_not_name_is_as_where_it_is_left_out(
+    golden: Golden, trial: Trial
+) -> None:
+    """A file of a version that had fewer points compares; one that contradicts does not."""
+    points = dict(golden.cases[0].forwards[0].points)
+    assert points.pop("scores") == "kept"
+    assert points.pop("scales") == "router weights"
+    assert compare(altered(golden, points=points), trial).equivalent
+    del points["gate up"]
+    with pytest.raises(GoldenError, match="now declares gate up"):
+        compare(altered(golden, points=points), trial)
