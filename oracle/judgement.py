@@ -223,8 +223,7 @@ class _Judgement:
         elif outputs is not None:
             observed = Enclosure.exact(outputs)
             terms = self.truth.terms(self.contract, anchored.weights_TK, observed)
-            allowed = over_slots(self.contract, ids_TK, terms)
-            allowed = rounded(allowed, self.contract.reduced)
+            allowed = rounded(over_slots(self.contract, ids_TK, terms), self.contract.reduced)
         else:
             return
         allowed = self.truth.scaled(self.contract, allowed)
