@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -95,9 +96,18 @@ def _end(processes: list[BaseProcess]) -> None:
             process.join()
 
 
+def _end_with_the_test() -> None:
+    """Whoever waits in a barrier for peers that were killed with the test would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _work(sender: Connection, call: bytes, rank: int, world_size: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_test, daemon=True).start()
     failure, result = None, None
     try:
         fn, args = pickle.loads(call)

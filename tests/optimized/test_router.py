@@ -248,3 +248,16 @@ def _route_counting(
     before = launch.COUNTS.copy()
     routing = InferenceTopKRouter(config, weights)(x_TH)
     return routing, launch.COUNTS - before
+
+
+@pytest.mark.parametrize("depth", [-20.0, -60.0, -120.0])
+def test_scores_that_vanish_are_normalised_as_the_references(depth):
+    """The epsilon beside their sum is 1e-20: it drowns the sigmoid of -60, and keeps 0 / 0 away."""
+    config, weights = make(num_experts=6, num_experts_per_tok=3, scoring_func="sigmoid")
+    weights.router_EH.zero_()
+    weights.router_EH[:, 0] = depth
+    x_TH = torch.zeros(4, config.hidden_size, dtype=config.dtype)
+    x_TH[:, 0] = 1
+    expected = TopKRouter(config, weights)(x_TH)
+    found = InferenceTopKRouter(config, weights)(x_TH, None)
+    torch.testing.assert_close(found.weights_TK, expected.weights_TK, rtol=1e-5, atol=0)

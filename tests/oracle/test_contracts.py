@@ -227,3 +227,18 @@ def test_fp32_accumulation_is_the_devices_affair() -> None:
     assert on_device(plain, torch.float32, "cpu") == plain
     blocked = replace(plain, accumulator=TENSOR_CORE)
     assert on_device(blocked, torch.bfloat16, "cpu") == blocked
+
+
+def test_the_shared_expert_rounds_as_routed_ones_where_nothing_else_is_said():
+    """Its own points take the place of the routed expert's, each by itself."""
+    stored = replace(storage_contract("any", torch.bfloat16), gate=BF16, activation=None)
+    as_routed = stored.of_shared_expert
+    assert (as_routed.gate, as_routed.activation) == (BF16, None)
+    own = replace(
+        stored,
+        shared_gate_up=None,
+        shared_activated_gate=None,
+        shared_activation=BF16,
+        shared_output=FP32,
+    ).of_shared_expert
+    assert (own.gate_up, own.gate, own.activation, own.expert_output) == (None, None, BF16, FP32)
