@@ -47,12 +47,16 @@ class Flips:
 
 
 def flips_of(seen_TH: Tensor, rounded_TH: Tensor, chance_TH: Tensor, variance_T: Tensor) -> Flips:
-    """Compare outputs with the rounded truth; ``chance_TH`` bounds each flip's probability."""
+    """Compare outputs with the rounded truth; ``chance_TH`` bounds each flip's probability.
+
+    Where the truth is NaN nothing flips, and nothing may: 0 in ``chance_TH``.
+    """
     flipped = (seen_TH != rounded_TH) & ~rounded_TH.isnan()
     direction = torch.sign((seen_TH - rounded_TH) * torch.sign(rounded_TH)).nan_to_num()
     unlikely = flipped & (chance_TH < UNLIKELY)
     count = unlikely.sum(dim=1)
     sign_T = (direction * unlikely).sum(dim=1) / count  # 0 / 0: NaN
+    variance_T = variance_T.masked_fill(rounded_TH.isnan().all(dim=1), 0)
     return Flips(flipped.double().mean(dim=1), chance_TH.mean(dim=1), variance_T, sign_T)
 
 

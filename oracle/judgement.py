@@ -245,7 +245,7 @@ class _Judgement:
         verdict = self.verdict
         result = self._compare(observed, free.sum_TH, output=True)
         verdict.worst_ratio, verdict.elements = result.worst_ratio, result.elements
-        verdict.flips = int((observed.double() != result.centre).sum())
+        verdict.flips = int(((observed.double() != result.centre) & ~result.centre.isnan()).sum())
         if not any(finding.stage == "output" for finding in verdict.findings):
             proof = self._breaks_hard(result, ids_TK)
             self._outside_finding("output", "out", "dim", observed, result, proof)
@@ -262,7 +262,7 @@ class _Judgement:
         stages = self.truth.stages(self.contract, ids_TK, spread, self.grade, expert_output_TKH)
         sums = stages.sum_TH
         chance, variance = sums.flips(result.centre, self.contract.output)
-        chance = (chance * self.loosen).clamp(max=1)
+        chance = (chance * self.loosen).clamp(max=1).masked_fill(result.centre.isnan(), 0)
         seen_TH = self.evidence.output_TH.double()
         flips = aggregates.flips_of(seen_TH, result.centre, chance, variance * self.loosen**2)
         self.verdict.expected_flips = float(chance.sum())

@@ -208,7 +208,7 @@ def likeness(sample: Sample, contract: RoundingContract) -> Likeness:
     (outputs,) = truth.unweighted(contract, ids_TK, [Enclosure])
     stages = truth.stages(contract, ids_TK, routing.weights(ids_TK), expert_output_TKH=outputs)
     result = compare(evidence.output_TH, stages.sum_TH, contract.output)
-    flipped = evidence.output_TH.double() != result.centre
+    flipped = (evidence.output_TH.double() != result.centre) & ~result.centre.isnan()
     counted = result.outside[judged_T]
     return Likeness(counted.numel(), int(counted.sum()), int(flipped[judged_T].sum()))
 

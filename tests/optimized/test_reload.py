@@ -1,6 +1,7 @@
 """Weights overwritten under live graphs: a replay computes with what lies in the storage now."""
 
 from dataclasses import fields
+from unittest import mock
 
 import pytest
 import torch
@@ -94,3 +95,12 @@ def test_the_layer_reloads_every_tensor_that_weights_have():
     """The list of this file is complete: its layer has no weight tensor that is absent."""
     weights = MoEWeights.random(CONFIG, seed=0)
     assert all(getattr(weights, field.name) is not None for field in fields(weights))
+
+
+def test_a_reload_refreshes_what_experts_derive() -> None:
+    """Layouts of their own follow the weights, whichever backend has them."""
+    config = exact_config()
+    layer = optimized(config)
+    with mock.patch.object(layer.experts, "refresh") as refreshed:
+        layer.reload(exact_weights(config, seed=5))
+    refreshed.assert_called_once_with()

@@ -207,3 +207,23 @@ def test_an_output_of_another_dtype_is_refused():
     seen = [replace(one, output_TH=one.output_TH.float()) for one in seen]
     with pytest.raises(ValueError, match=r"torch\.float32.*bf16.*return that dtype"):
         judge(seen, truth, contract)
+
+
+def test_a_nan_token_neither_flips_nor_lets_others_flip():
+    """What is expected of the other tokens' roundings is what it was without it."""
+    config, weights = layer()
+    x_TH = tokens(config, 8, 0)
+    contract = reference_contract(config)
+    figures = []
+    for poisoned in (False, True):
+        x_TH = x_TH.clone()
+        if poisoned:
+            x_TH[3] = torch.nan
+        verdict = judge(
+            [reference(config, weights, x_TH)], Truth(config, weights, [x_TH]), contract
+        )
+        assert verdict.equivalent, str(verdict)
+        figures.append((verdict.flips, verdict.expected_flips))
+    (plain_flips, plain_expected), (flips, expected) = figures
+    assert flips <= plain_flips
+    assert expected <= plain_expected
