@@ -17,5 +17,5 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers."""
+    """The same memory as integers: NaN equals itself, and -0 is not 0."""
     return tensor.contiguous().view(_BITS[tensor.element_size()])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.bits import as_bits
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.rounding import FORMATS
@@ -104,13 +105,7 @@ class Evidence:
             if received is None or sent is None:
                 continue
             for rank, copy in enumerate(received):
-                yield what, rank, (_bits(copy) != _bits(sent)).any(dim=-1)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as integers, so that NaN equals itself and -0 is not 0."""
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(width[tensor.element_size()])
+                yield what, rank, (as_bits(copy) != as_bits(sent)).any(dim=-1)
 
 
 def check_dtype(seen: torch.dtype, contract: RoundingContract) -> None:
