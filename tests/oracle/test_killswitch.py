@@ -79,8 +79,8 @@ def test_a_reason_that_is_not_told_is_missed(world: World) -> None:
     assert "does not say 'buffer_too_small'" in result.wrong
 
 
-def test_wrong_numbers_after_the_switch_do_not_pass(world: World) -> None:
-    """A fallback that runs but computes something else fails by the judge's verdict."""
+def test_a_switch_that_was_never_thrown_does_not_pass(world: World) -> None:
+    """Another layer holds as well; where nothing was switched off, no rank ran the fallback."""
     (check,) = named("switch before construction, captured")
     wrong = replace(check.case, config=replace(check.case.config, routed_scaling_factor=0.0))
     good = validate(PLACE, world, only=[replace(check, case=wrong)])
