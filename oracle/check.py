@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import patch_named, require_fault
-from twinmoe.oracle.strategies import CORNERS, Cell, cases
+from twinmoe.oracle.strategies import Cell, cases
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Outcome, Trial
 from twinmoe.reference.config import ConfigError, MoEConfig

@@ -6,15 +6,13 @@ counts per rank are ragged, and semantic settings lean away from neutral values,
 scaling factor of 1 or a bias of 0 hides every fault in its handling.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
 from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.history import HISTORIES
 from twinmoe.oracle.stories import told
 from twinmoe.reference.config import MoEConfig, dtype_name
 
@@ -157,113 +155,3 @@ def usable_backends(config: MoEConfig, device: str = "cpu") -> tuple[str, ...]:
     """The expert backends that can run this layer, by name, most preferred first."""
     report = backend_report(config, torch.device(device))
     return tuple(name for name, refusal in report.items() if refusal is None)
-
-
-# --- corners: one pinned case for each kind of trouble -----------------------------------
-
-
-def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) -> Case:
-    """A dense, non-neutral case of ``cell``, with ``changes`` to the case or its config."""
-    own = {field.name for field in fields(Case)} - {"config", "tokens", "transport", "mode"}
-    config = MoEConfig(
-        **{
-            "hidden_size": 96,
-            "moe_intermediate_size": 40,
-            "num_experts": cell.ep_size * 3,
-            "num_experts_per_tok": 3,
-            "routed_scaling_factor": 2.5,
-            "dtype": cell.dtype,
-            **{name: value for name, value in changes.items() if name not in own},
-        }  # type: ignore[arg-type]
-    )
-    ragged = tuple((5 * rank + 4) % 7 for rank in range(cell.ep_size))
-    return Case(
-        config=config,
-        tokens=ragged if tokens is None else tokens,
-        transport=cell.transport,
-        mode=cell.mode,
-        **{name: value for name, value in changes.items() if name in own},  # type: ignore[arg-type]
-    )
-
-
-Corner = Callable[[Cell], Case]
-
-#: Each kind of trouble that must be in every check, by name.
-CORNERS: dict[str, Corner] = {
-    "empty ranks": lambda c: _case(
-        c, tuple(3 if r == c.ep_size - 1 else 0 for r in range(c.ep_size))
-    ),
-    "no tokens at all": lambda c: _case(c, (0,) * c.ep_size),
-    "one token": lambda c: _case(c, (1,) + (0,) * (c.ep_size - 1)),
-    # More rows than kernels take at once, at sizes that cost little; fewer where ranks add theirs.
-    "rows beyond a tile": lambda c: _case(
-        c, (130, 65, 0, 3, 0, 0, 1, 2)[: c.ep_size], hidden_size=24, moe_intermediate_size=16
-    ),
-    "all tokens on one rank": lambda c: _case(
-        c, (9,) + (0,) * (c.ep_size - 1), shared_expert_intermediate_size=24
-    ),
-    "all tokens to one expert": lambda c: _case(c, num_experts_per_tok=1, routing="one_expert"),
-    "all tokens to one rank": lambda c: _case(c, routing="one_rank", values="recorded"),
-    "k = 1, unnormalised": lambda c: _case(
-        c, num_experts_per_tok=1, norm_topk_prob=False, scoring_func="sigmoid"
-    ),
-    "k = E": lambda c: _case(
-        c, num_experts=max(12, c.ep_size * 3), num_experts_per_tok=max(12, c.ep_size * 3)
-    ),
-    # Ids that fit no byte, and experts that nobody visits.
-    "more experts than a byte can name": lambda c: _case(
-        c, num_experts=264, hidden_size=24, moe_intermediate_size=16
-    ),
-    "one expert a rank": lambda c: _case(
-        c, num_experts=c.ep_size, num_experts_per_tok=min(c.ep_size, 2)
-    ),
-    "sizes beside every tile": lambda c: _case(c, hidden_size=33, moe_intermediate_size=17),
-    "exact ties": lambda c: _case(c, routing="ties", num_experts=c.ep_size * 4),
-    "all scores equal": lambda c: _case(c, routing="equal"),
-    # Exponentials of -60 and -120, which only a shifted softmax survives; sums of such sigmoids
-    # lie far below the normalisation's epsilon.
-    "vanishing exponentials": lambda c: _case(c, routing="silent"),
-    "vanishing sigmoids": lambda c: _case(c, routing="silent", scoring_func="sigmoid"),
-    # Biases that decide, and differ by less than 16 bits can hold.
-    "finely graded biases": lambda c: _case(
-        c,
-        routing="equal",
-        num_experts=c.ep_size * 4,
-        scoring_func="sigmoid",
-        use_correction_bias=True,
-        bias="fine",
-    ),
-    "a poisoned token": lambda c: _case(
-        c,
-        tuple(2 + r % 2 for r in range(c.ep_size)),
-        shared_expert_intermediate_size=24,
-        relation="poisoned_token",
-    ),
-    "near ties": lambda c: _case(c, routing="near_ties", num_experts=c.ep_size * 4),
-    "groups, negative bias": lambda c: _case(
-        c,
-        num_experts=max(8, c.ep_size * 4),  # groups of one cannot be ranked wrongly
-        n_group=4,
-        topk_group=2,
-        num_experts_per_tok=min(2, c.ep_size * 2),
-        scoring_func="sigmoid",
-        use_correction_bias=True,
-        bias="negative",
-        shared_expert_intermediate_size=24,
-    ),
-    "recorded outliers, poisoned padding": lambda c: _case(
-        c, hidden_size=384, values="recorded", padding="nan", layout="strided", wire=_wire(c)
-    ),
-}
-
-
-CORNERS |= {
-    f"history: {name}": lambda c, program=program: _case(  # type: ignore[misc]
-        c, shared_expert_intermediate_size=24, history=program
-    )
-    for name, program in HISTORIES.items()
-}
-
-
-def _wire(cell: Cell) -> str:
-    return "fp32" if cell.transport == "alltoall" else "model"

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from hypothesis import HealthCheck, given, reject, settings
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.layer_space import neutral, runs
 from twinmoe.oracle.plain_layer import JudgedLayer, LayerFactory, PlainLayer
-from twinmoe.oracle.strategies import CORNERS, Cell, cases
+from twinmoe.oracle.strategies import Cell, cases
 from twinmoe.oracle.subject_spec import PlainName, spec_of
 from twinmoe.oracle.trial import Outcome, Trial
 from twinmoe.reference.config import DTYPES, MoEConfig

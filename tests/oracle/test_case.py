@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from twinmoe.oracle.case import MAX_SEED, MODES, TRANSPORTS, Case, CaseError
 from twinmoe.oracle.check import plan_cells
-from twinmoe.oracle.strategies import CORNERS, DTYPES, EP_SIZES, cases
+from twinmoe.oracle.corners import CORNERS
+from twinmoe.oracle.strategies import DTYPES, EP_SIZES, cases
 from twinmoe.reference.config import ConfigError
 
 #: A valid line, to be spoiled.

@@ -12,9 +12,10 @@ import torch
 from twinmoe.oracle.case import MODES, Case
 from twinmoe.oracle.check import SHRINK_TRIALS, CellResult, Plan, Summary, check, plan_cells
 from twinmoe.oracle.contracts import reference_contract
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerDied
 from twinmoe.oracle.faults import FAULTS, Fault
-from twinmoe.oracle.strategies import CORNERS, DTYPES, EP_SIZES
+from twinmoe.oracle.strategies import DTYPES, EP_SIZES
 from twinmoe.oracle.trial import Outcome
 from twinmoe.oracle.verdict import Finding, Verdict
 from twinmoe.reference.config import ConfigError

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from twinmoe.oracle import cli, terminal
-from twinmoe.oracle.strategies import CORNERS
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.trial import Trial
 
 LINE = "T=3/1,H=32,I=16,E=4,k=2,rsf=2.5"

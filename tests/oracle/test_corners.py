@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.oracle import cornered_layers
-from twinmoe.oracle.strategies import CORNERS, Cell
+from twinmoe.oracle.corners import CORNERS
+from twinmoe.oracle.strategies import Cell
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from tests.oracle import plain_layers, rounding_layers
 from twinmoe.oracle import cli
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerError
 from twinmoe.oracle.layer_space import SEMANTICS, fitted, neutral, runs, standing_still
 from twinmoe.oracle.plain_layer import LayerError, require_layer
-from twinmoe.oracle.strategies import CORNERS, Cell, cases
+from twinmoe.oracle.strategies import Cell, cases
 from twinmoe.oracle.subject_spec import PlainName, load_factory, spec_of, subject_factory
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import ConfigError, MoEConfig

@@ -12,6 +12,7 @@ from rich.console import Console
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.check import CellResult, Plan, Summary, plan_cells
 from twinmoe.oracle.contracts import reference_contract
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerHang
 from twinmoe.oracle.report import (
     as_json,
@@ -20,7 +21,7 @@ from twinmoe.oracle.report import (
     throughput,
     write_json,
 )
-from twinmoe.oracle.strategies import CORNERS, Cell
+from twinmoe.oracle.strategies import Cell
 from twinmoe.oracle.trial import Outcome
 from twinmoe.oracle.verdict import Finding, Verdict
 
