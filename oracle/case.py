@@ -27,7 +27,10 @@ TRANSPORTS = ("p2p", "nvls", "gloo", "nccl", "alltoall")
 MODES = ("eager", "graphed", "replayed")
 WIRES = ("fp32", "model")
 VALUES = ("normal", "positive", "outlier", "recorded", "integers")
-ROUTINGS = ("free", "one_expert", "one_rank", "ties", "equal", "near_ties", "silent")
+ROUTINGS = (
+    *("free", "one_expert", "one_rank", "ties", "equal", "near_ties", "silent"),
+    "alternating",
+)
 BIASES = ("mixed", "negative", "large", "nan", "fine")
 LAYOUTS = ("plain", "strided")
 PADDINGS = ("stale", "nan")

@@ -4,7 +4,7 @@ A check's cells of one expert-parallel size share them out (:mod:`twinmoe.oracle
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.history import HISTORIES
@@ -108,11 +108,24 @@ CORNERS: dict[str, Corner] = {
 
 
 CORNERS |= {
-    f"history: {name}": lambda c, program=program: _case(  # type: ignore[misc]
-        c, shared_expert_intermediate_size=24, history=program
-    )
+    f"history: {name}": lambda c, program=program: _history_case(c, program)  # type: ignore[misc]
     for name, program in HISTORIES.items()
 }
+# Tile maps and counts of our own kernels, whatever backend is the first choice.
+CORNERS["busy, then idle experts"] = lambda c: replace(
+    _history_case(c, "f0.f1.f0.f2.f0"), backend="triton"
+)
+
+
+def _history_case(cell: Cell, program: str) -> Case:
+    """More experts than a token visits, which batches keep busy and leave idle in turn."""
+    return _case(
+        cell,
+        num_experts=max(8, 3 * cell.ep_size),
+        routing="alternating",
+        shared_expert_intermediate_size=24,
+        history=program,
+    )
 
 
 def _wire(cell: Cell) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.alternating import answer_in_turn, ask_in_turn
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.recording import recorded_hidden_states
 from twinmoe.reference import draws
@@ -50,13 +51,15 @@ def tokens_at(case: Case, step: int) -> tuple[int, ...]:
     """Tokens per rank ``step`` batches before the judged one (step 0).
 
     Other batches give every rank another rank's count, within the same bucket; a single
-    rank gets half.  Every other one of them is half as large, in a smaller bucket.
+    rank gets half.  Every other one of them is half as large, in a smaller bucket; where
+    batches alternate, a single rank's odd ones stay as large.
     """
     if step == 0:
         return case.tokens
     shift = step % case.ep_size
     counts = case.tokens[shift:] + case.tokens[:shift]
-    halved = case.ep_size == 1 or step % 2 == 0
+    alone = case.ep_size == 1 and case.routing != "alternating"
+    halved = alone or step % 2 == 0
     return tuple((count + 1) // 2 for count in counts) if halved else counts
 
 
@@ -71,6 +74,8 @@ def hidden_for(case: Case, rank: int, step: int = 0) -> Tensor:
         x_TH[:, 0] = _CARRIER
     if case.routing == "silent":
         x_TH[:, 0] = _CARRIER * (torch.arange(tokens) % 3)
+    if case.routing == "alternating":
+        x_TH = ask_in_turn(x_TH, step)
     x_TH = x_TH.to(case.config.dtype)
     return _strided(x_TH) if case.layout == "strided" else x_TH
 
@@ -117,7 +122,13 @@ def _router(case: Case, router_EH: Tensor) -> Tensor:
         nudge = 1 + torch.finfo(dtype).eps
         paired[1::2, 0] = (paired[1::2, 0].float() * nudge).to(dtype)
         return paired
-    favoured = router_EH * _BACKGROUND
+    return _favouring(case, router_EH * _BACKGROUND, generator)
+
+
+def _favouring(case: Case, favoured: Tensor, generator: torch.Generator) -> Tensor:
+    """Router whose first channels outvote the others, which ``favoured`` holds."""
+    if case.routing == "alternating":
+        return answer_in_turn(case.config, favoured, generator)
     favoured[:, 0] = 0
     if case.routing == "silent":
         favoured[:, 0] = -_SILENCE / _CARRIER

@@ -29,7 +29,10 @@ DEVICE_TRANSPORTS = {
 }
 
 #: Kinds of routing, as often as they are drawn.
-_ROUTINGS = ("free", "free", "free", "one_expert", "one_rank", "ties", "equal", "silent")
+_ROUTINGS = (
+    *("free", "free", "free", "one_expert", "one_rank", "ties", "equal", "silent"),
+    *("alternating", "alternating"),
+)
 
 
 @dataclass(frozen=True)

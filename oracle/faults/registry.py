@@ -26,6 +26,7 @@ from twinmoe.oracle.faults import (  # noqa: F401 - importing enters them
     routing_weights,
     sizes,
     streams,
+    tile_maps,
 )
 from twinmoe.oracle.faults.fault import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.faults.seams import Seams

@@ -27,7 +27,8 @@ _FACTOR, _SHIFT = 0.5, 4.0
 
 def _is_free(case: Case) -> bool:
     """Scores are not built to tie, so an expert's id decides nothing."""
-    return case.routing in ("free", "one_expert", "one_rank") and case.config.num_experts > 1
+    untied = ("free", "one_expert", "one_rank", "alternating")
+    return case.routing in untied and case.config.num_experts > 1
 
 
 def _sums_regardless_of_ranks(case: Case) -> bool:

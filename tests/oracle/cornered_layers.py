@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tests.oracle.mistaken_layers import Parts, factory_of
 from tests.oracle.plain_layers import right
+from twinmoe.oracle import storage_contract
 from twinmoe.oracle.plain_layer import LayerFactory, PlainLayer
 from twinmoe.oracle.testing import neutral, runs
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.router import TopKRouter
 from twinmoe.reference.weights import MoEWeights
 
 #: (output, input) -> what is returned instead.
@@ -84,3 +86,28 @@ def _with_sigmoids(config: MoEConfig) -> MoEConfig:
 large_epsilon = runs(_with_sigmoids)(
     factory_of(Parts(score=torch.sigmoid, weigh=lambda top: top / (top.sum(-1, True) + 1e-12)))
 )
+
+
+def uncleared_tiles(config: MoEConfig, weights: MoEWeights, _place: RankContext) -> PlainLayer:
+    """A map from tiles of rows to experts, of which each call overwrites what it needs alone."""
+    route, maps = TopKRouter(config, weights), dict[int, list[tuple[int, int]]]()
+
+    def forward(hidden_TH: Tensor) -> Tensor:
+        ids_TK, weights_TK = (routing := route(hidden_TH)).ids_TK, routing.weights_TK
+        slots_S = ids_TK.flatten().argsort(stable=True)
+        ends_E = ids_TK.flatten().bincount(minlength=config.num_experts).cumsum(0).tolist()
+        firsts = [0, *ends_E[:-1]]
+        tiles = [(e, firsts[e]) for e in range(config.num_experts) if ends_E[e] > firsts[e]]
+        old = maps.get(len(ids_TK), [])
+        maps[len(ids_TK)] = [*tiles, *old[len(tiles) :]]
+        y_SH = torch.zeros(len(slots_S), config.hidden_size, dtype=config.dtype)
+        for expert, first in maps[len(ids_TK)]:
+            rows = slots_S[first : ends_E[expert]]
+            x = hidden_TH[rows // config.num_experts_per_tok]
+            gate, up = (x @ weights.w13_LFH[expert].T).float().chunk(2, dim=-1)
+            h = (torch.nn.functional.silu(gate) * up).to(config.dtype)
+            y_SH[rows] = h @ weights.w2_LHI[expert].T
+        y_TKH = y_SH.view(*ids_TK.shape, -1).float()
+        return (weights_TK[..., None] * y_TKH).sum(1).to(config.dtype)
+
+    return PlainLayer(forward, storage_contract("tiles", config.dtype))

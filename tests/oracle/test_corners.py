@@ -22,6 +22,7 @@ FOUND_BY = {
     "eight_experts": "k = E",
     "bare_softmax": "vanishing exponentials",
     "large_epsilon": "vanishing sigmoids",
+    "uncleared_tiles": "busy, then idle experts",
 }
 
 

@@ -211,7 +211,8 @@ def test_value_kinds_are_what_they_are_called() -> None:
 def test_history_keeps_the_bucket_and_moves_the_counts(case: Case, step: int) -> None:
     """Other batches have the judged one's counts on other ranks, every second one halved."""
     counts = tokens_at(case, step)
-    if step and (case.ep_size == 1 or step % 2 == 0):
+    alone = case.ep_size == 1 and case.routing != "alternating"
+    if step and (alone or step % 2 == 0):
         assert sorted(counts) == sorted((tokens + 1) // 2 for tokens in case.tokens)
     else:
         assert sorted(counts) == sorted(case.tokens)
@@ -243,3 +244,23 @@ def test_one_bias_is_nan() -> None:
     assert bias_E is not None
     assert bias_E.isnan().sum() == 1
     assert torch.equal(bias_E[~bias_E.isnan()], plain[~bias_E.isnan()])
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_group": 4, "topk_group": 2}])
+def test_alternating_batches_wake_and_rest_experts(changes: dict[str, int]) -> None:
+    """Odd batches visit k experts, even ones more, and some of either are idle in the other."""
+    case = case_of((9,), routing="alternating", **changes)
+    spread, few, other = (set(_visited(case, batch)) for batch in range(3))
+    assert len(few) == 3 < len(spread)
+    assert len(other) > 3
+    assert spread - few
+    assert tokens_at(case, 1) == case.tokens  # one graph and one workspace serve both
+    assert set(_visited(replace(case, seed=3), 1)) != few
+
+
+def _visited(case: Case, batch: int) -> list[int]:
+    return (
+        TopKRouter(case.config, weights_for(case))(hidden_for(case, 0, batch))
+        .ids_TK.unique()
+        .tolist()
+    )

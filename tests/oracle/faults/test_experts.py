@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from tests.oracle.faults.planting import assert_names_its_stage, shares
+from tests.oracle.faults.planting import (
+    assert_does_not_reach,
+    assert_names_its_stage,
+    shares,
+)
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import FAULTS
 
@@ -32,3 +36,11 @@ def test_rows_without_a_local_expert_keep_the_last_batch():
 def test_the_other_backend_has_the_fault_too(name, hidden):
     """Offsets and workspaces are wrong with grouped_mm as they are with triton."""
     assert_names_its_stage(name, f"T=17,H={hidden},I=40,E=3,k=3,dtype=bf16,backend=grouped_mm")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graphed"])
+def test_old_tiles_run_again_where_the_map_is_not_cleared(mode):
+    """Three experts are busy where eight were, in one graph or in none: old tiles hit new rows."""
+    line = f"T=4,H=96,I=40,E=8,k=3,dtype=bf16,backend=triton,routing=alternating,mode={mode}"
+    assert_names_its_stage("uncleared_tile_map", f"{line},history=f0.f1.f0")
+    assert_does_not_reach("uncleared_tile_map", f"{line},history=f1.f0")
