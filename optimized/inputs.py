@@ -6,9 +6,16 @@ Legend: T tokens of this rank, H hidden_size.
 import torch
 from torch import Tensor
 
-from twinmoe.optimized.communication.eligibility import kernels_run_on
+from twinmoe.optimized.triton_runtime import kernels_run_on
 from twinmoe.reference.config import ConfigError, MoEConfig
 from twinmoe.reference.weights import MoEWeights
+
+#: By the device of the weights: what Triton is in this process, and what to do about it.
+_REMEDY = {
+    "cpu": "compiled where a CUDA device was found; move them to cuda, or start Python with "
+    "TRITON_INTERPRET=1",
+    "cuda": "interpreted; move them to cpu, or start Python with TRITON_INTERPRET=0",
+}
 
 
 def check_weights(weights: MoEWeights) -> None:
@@ -21,10 +28,15 @@ def check_weights(weights: MoEWeights) -> None:
                 f"on {device}, where router_EH is: kernels read its rows by address; pass "
                 f"{name}.to({str(device)!r}).contiguous()"
             )
+    check_kernels(device)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise ConfigError unless this process' kernels reach ``device``."""
     if not kernels_run_on(device):
         raise ConfigError(
-            f"weights on {device} have no kernels in this process: Triton runs compiled on CUDA "
-            "or interpreted on a CPU, not both; move them, or set TRITON_INTERPRET accordingly"
+            f"weights on {device} have no kernels in this process: Triton runs either compiled on "
+            "CUDA or interpreted on a CPU, and is " + _REMEDY[device.type]
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from twinmoe.optimized.triton_runtime import INTERPRETED
+
 #: Launches so far in this process, by kernel or collective name.
 COUNTS: Counter[str] = Counter()
 
@@ -56,7 +58,10 @@ def capturing() -> bool:
     """Is a graph being captured, by the CPU stand-in or on the current CUDA stream?"""
     if _recorder is not None:
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # An interpreted process never captures CUDA, and may be the fork of one that had found it.
+    return (
+        not INTERPRETED and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def sizes(*tensors: torch.Tensor) -> str:

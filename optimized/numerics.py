@@ -11,11 +11,11 @@ that the rounding contracts count.
 exact.
 """
 
-from twinmoe.optimized.interpreter import speed_up
+from twinmoe.optimized.interpreter import prepare
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
 
 if INTERPRETED:
-    speed_up()
+    prepare()
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

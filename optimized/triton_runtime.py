@@ -4,6 +4,9 @@ Triton decides between compiler and interpreter when a kernel is decorated, by
 the environment variable ``TRITON_INTERPRET``.  Every kernel of this package
 imports ``triton`` and ``tl`` from here, so that the choice is made once, before
 the first decoration: the very same kernel bodies then run on a laptop.
+
+A process is one or the other for its whole life.  Whoever starts processes for a
+device hands them :func:`environment_for` it, whatever he is himself.
 """
 
 import os
@@ -11,8 +14,9 @@ import warnings
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Asked last: a process that looks for CUDA devices cannot be forked into one that uses them.
+if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
 import triton.language as tl
@@ -26,4 +30,20 @@ if INTERPRETED:
         "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
     )
 
-__all__ = ["INTERPRETED", "tl", "triton"]
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether this process' kernels reach ``device``: interpreted a CPU, compiled a GPU."""
+    return device.type == ("cpu" if INTERPRETED else "cuda")
+
+
+def environment_for(device: str) -> dict[str, str]:
+    """What a process must find in its environment at its start to run kernels on ``device``.
+
+    One for a CPU sees no CUDA device: nothing it does then differs from a machine without.
+    """
+    if torch.device(device).type == "cpu":
+        return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {"TRITON_INTERPRET": "0"}
+
+
+__all__ = ["INTERPRETED", "environment_for", "kernels_run_on", "tl", "triton"]

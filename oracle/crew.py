@@ -8,6 +8,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -18,6 +20,7 @@ import torch
 
 from twinmoe.optimized import launch
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
+from twinmoe.optimized.triton_runtime import environment_for
 from twinmoe.oracle import breadcrumbs, worker
 from twinmoe.oracle.breadcrumbs import Footprint, Trail
 from twinmoe.oracle.interrupts import held_back
@@ -51,7 +54,7 @@ class Crew:
     def _start(self, context: ForkServerContext | SpawnContext, post: worker.Post) -> None:
         post.stack_file.touch()
         ours, theirs = context.Pipe()
-        with theirs, held_back():
+        with theirs, held_back(), _environment(environment_for(post.device)):
             process = context.Process(
                 target=worker.serve,
                 args=(post, theirs, self._trails, dict(os.environ)),
@@ -141,18 +144,26 @@ def _context(device: str) -> ForkServerContext | SpawnContext:
     # The first dispatch mode of a process, a capture's, imports dynamo: seconds, like a hang.
     context.set_forkserver_preload([worker.__name__, "torch._dynamo"])
     # The fork server imports its preload before it learns the driver's sys.path.
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    preloading = {**environment_for(device), "PYTHONPATH": os.pathsep.join(sys.path)}
     resource_tracker.ensure_running()  # lets signals in again, whoever held them back
-    try:
-        with held_back():
-            forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    with held_back(), _environment(preloading):
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Let what is started in this block find ``changes`` in its environment."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _innermost(stack: str) -> str:

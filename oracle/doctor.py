@@ -11,8 +11,10 @@ from twinmoe.optimized.communication.errors import TransportError
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
 from twinmoe.optimized.experts import backend_report, choose_backend
+from twinmoe.optimized.interpreter import trouble as interpreter_trouble
 from twinmoe.optimized.options import InferenceOptions
-from twinmoe.optimized.triton_runtime import INTERPRETED
+from twinmoe.optimized.triton_runtime import INTERPRETED, environment_for, kernels_run_on
+from twinmoe.oracle import torchrun
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import patch_named, require_fault
 from twinmoe.oracle.relations import require_relation
@@ -28,10 +30,16 @@ def require(device: str) -> None:
         raise ConfigError(
             "device ('cuda') is not available: this torch sees no CUDA device; use --device cpu"
         )
-    if device == "cpu" and not INTERPRETED:
+    if torchrun.launched() and not kernels_run_on(torch.device(device)):
+        needed = " ".join(f"{name}={value}" for name, value in environment_for(device).items())
         raise ConfigError(
-            "device ('cpu') needs Triton's interpreter, which is off because a CUDA device was "
-            "found: set TRITON_INTERPRET=1, or use --device cuda"
+            f"device ({device!r}) is out of reach of these ranks: torchrun started them with "
+            f"another environment; start it with {needed}"
+        )
+    if device == "cpu" and (reason := interpreter_trouble()):
+        raise ConfigError(
+            f"device ('cpu') is not available: {reason}; install versions that fit, such as those "
+            "of ci/constraints.txt, or use --device cuda"
         )
 
 

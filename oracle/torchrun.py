@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
+from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.oracle import wire
 from twinmoe.oracle.breadcrumbs import Footprint, Recorder, Trail
 from twinmoe.oracle.failures import Raised, WorkerError, is_secondary, tell
@@ -70,9 +71,10 @@ class _Office:
     def __init__(self) -> None:
         if _single_host():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if torch.cuda.is_available():
+        on_cuda = not INTERPRETED and torch.cuda.is_available()
+        if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(backend)
         self.rank = dist.get_rank()
         self.control = dist.new_group(backend="gloo", timeout=_IDLE)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from twinmoe.optimized.communication import pool_setup
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
-from twinmoe.optimized.triton_runtime import INTERPRETED
+from twinmoe.optimized.triton_runtime import kernels_run_on
 from twinmoe.oracle import wire
 from twinmoe.oracle.breadcrumbs import Recorder, Trail
 from twinmoe.oracle.failures import Raised
@@ -97,8 +97,6 @@ def _adopt(environment: dict[str, str]) -> None:
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)
-    if INTERPRETED:  # decided when the fork server imported Triton
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _listen(post: Post, connection: Connection, tasks: SimpleQueue[bytes]) -> None:
@@ -113,6 +111,11 @@ def _listen(post: Post, connection: Connection, tasks: SimpleQueue[bytes]) -> No
 
 def _join(post: Post) -> RankContext:
     device = torch.device(post.device)
+    if not kernels_run_on(device):
+        raise RuntimeError(
+            f"a worker for {device} cannot run kernels there: this program had started its fork "
+            "server before; start Python with TRITON_INTERPRET=1, or judge before that"
+        )
     backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", post.rank)

@@ -5,8 +5,6 @@ from enum import Enum
 
 import torch
 
-from twinmoe.optimized.triton_runtime import INTERPRETED
-
 #: First compute capability with ``multimem`` instructions.
 _MULTICAST_CAPABILITY = (9, 0)
 
@@ -57,11 +55,6 @@ def refused_by_request(tier: Tier, forced: Tier | None, kill_switch: bool) -> Re
     if forced is not None and tiers.index(tier) < tiers.index(forced):
         return Refusal.FORCED_LOWER_TIER
     return None
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton's kernels reach ``device``: the interpreter a CPU, the compiler a GPU."""
-    return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
 def refused_multicast(device: torch.device, multicast_ptr: int, *, emulate: bool) -> Refusal | None:

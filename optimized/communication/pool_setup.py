@@ -10,10 +10,11 @@ import torch.distributed as dist
 from twinmoe.optimized.communication import cpu_symmetric_memory, cuda_symmetric_memory
 from twinmoe.optimized.communication.agreement import attempt, exchange, group_size, vote
 from twinmoe.optimized.communication.barrier import signal_pad_bytes
-from twinmoe.optimized.communication.eligibility import INJECTABLE, Refusal, kernels_run_on
+from twinmoe.optimized.communication.eligibility import INJECTABLE, Refusal
 from twinmoe.optimized.communication.errors import SymmetricBufferOverflow
 from twinmoe.optimized.communication.pool import Capacity, SymmetricPool
 from twinmoe.optimized.communication.symmetric_memory import SymmetricAllocation, SymmetricMemory
+from twinmoe.optimized.triton_runtime import kernels_run_on
 
 
 class _SingleRank:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from twinmoe.optimized.experts.combine import combine
 from twinmoe.optimized.experts.slots import SlotPlan, plan_slots
-from twinmoe.optimized.triton_runtime import INTERPRETED
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
 
@@ -51,16 +50,6 @@ class ExpertBackend(ABC):
 
     def refresh(self) -> None:  # noqa: B027 - most backends derive nothing from the weights
         """Recompute, into the same storage, whatever layout was derived from the weights."""
-
-
-def without_kernels(device: torch.device) -> str | None:
-    """Say why Triton's kernels cannot run on ``device``; None if they can."""
-    if device.type == "cpu" and not INTERPRETED:
-        return (
-            "device (cpu) has no compiled kernels: Triton compiles for CUDA devices only; "
-            "move the layer to cuda or set TRITON_INTERPRET=1"
-        )
-    return None
 
 
 class SortedBackend(ExpertBackend):

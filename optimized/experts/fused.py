@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinmoe.optimized.experts.backend import SortedBackend, without_kernels
+from twinmoe.optimized.experts.backend import SortedBackend
 from twinmoe.optimized.experts.fused_kernels import expert_down, expert_gate_up
 from twinmoe.optimized.experts.slots import SlotPlan
 from twinmoe.optimized.launch import launch
@@ -81,7 +81,7 @@ class TritonBackend(SortedBackend):
                 f"dtype ({config.dtype}) is not available: the kernels accumulate in fp32; use "
                 "the reference experts, or dtype float32, bfloat16 or float16"
             )
-        return without_kernels(device)
+        return None
 
     def sorted_rows(self, x_MH: Tensor, weights_MK: Tensor | None, plan: SlotPlan) -> Tensor:
         """See ``SortedBackend.sorted_rows``; fp32."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twinmoe.optimized.experts.choice import AUTO, choose_backend
+from twinmoe.optimized.inputs import check_kernels
 from twinmoe.reference.config import ConfigError, MoEConfig
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.weights import MoEWeights
@@ -44,6 +45,7 @@ class InferenceGroupedMLP:
                 f"{owned}; pass weights.shard(placement, {rank})"
             )
         device = weights_local.w2_LHI.device
+        check_kernels(device)
         choice = choose_backend(backend, config, device, ranks=placement.ep_size, record=record)
         self.backend_name, self.backend_why = choice.backend.name, choice.why
         self._backend = choice.backend(config, weights_local, owned.start)

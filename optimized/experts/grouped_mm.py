@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from twinmoe.optimized.experts.activation import activate
-from twinmoe.optimized.experts.backend import SortedBackend, without_kernels
+from twinmoe.optimized.experts.backend import SortedBackend
 from twinmoe.optimized.experts.slots import SlotPlan
 from twinmoe.reference.config import MoEConfig
 
@@ -41,9 +41,7 @@ class GroupedMMBackend(SortedBackend):
                     f"{setting} ({size}) must be a multiple of {multiple} in {config.dtype}: "
                     f"grouped_mm needs strides of {STRIDE_BYTES} bytes; use the triton backend"
                 )
-        if device.type == "cpu":
-            return without_kernels(device)  # which sort the slots
-        return _unsupported_on_cuda(config, device)
+        return None if device.type == "cpu" else _unsupported_on_cuda(config, device)
 
     def sorted_rows(self, x_MH: Tensor, weights_MK: Tensor | None, plan: SlotPlan) -> Tensor:
         """See ``SortedBackend.sorted_rows``; in the model dtype."""

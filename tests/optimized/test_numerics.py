@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from twinmoe.optimized import numerics
-from twinmoe.optimized.interpreter import speed_up
+from twinmoe.optimized.interpreter import prepare
 from twinmoe.optimized.triton_runtime import tl, triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -107,7 +107,7 @@ def test_elementary_functions_meet_their_limits(name, limits):
 def test_speeding_up_the_interpreter_twice_changes_nothing():
     """The second call finds the first one's work done."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    speed_up()
+    prepare()
     patched = interpreter._patch_lang
-    speed_up()
+    prepare()
     assert interpreter._patch_lang is patched

@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twinmoe.optimized.experts import fused, grouped_mm, slots
+from twinmoe.optimized.experts import slots
 from twinmoe.optimized.experts.choice import BACKENDS
 from twinmoe.optimized.router import InferenceTopKRouter
 from twinmoe.optimized.triton_runtime import INTERPRETED, triton
@@ -98,8 +98,6 @@ def compile_layer(settings: dict[str, Any], rows: int) -> dict[str, list[str]]:
         "experts.fused",
     ):
         _record_launches(f"twinmoe.optimized.{module}", recorded)
-    for module in (fused, grouped_mm):  # they only compile here, and run nowhere
-        module.without_kernels = lambda _device: None
     # What a kernel would have filled, and what PyTorch then indexes with.
     slots._sections = lambda sizes, _device: [torch.zeros(n, dtype=torch.int32) for n in sizes]
     x_MH = torch.zeros(rows, config.hidden_size, dtype=config.dtype)
