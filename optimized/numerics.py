@@ -19,9 +19,6 @@ if INTERPRETED:
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-#: Smallest finite fp32: what a NaN selection score is ranked as.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
 _LOG2_E = tl.constexpr(1.4426950408889634)
 #: ln 2 = _LN2_HIGH + _LN2_LOW; the high part has 16 bits, so n * _LN2_HIGH is exact.
 _LN2_HIGH = tl.constexpr(0.693145751953125)

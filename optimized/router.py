@@ -58,8 +58,8 @@ class InferenceTopKRouter:
     """Top-k routing by fused kernels: same mathematics as ``reference.router.TopKRouter``.
 
     Logits in fp32 (no tf32) whatever the dtype of x and of the weights; scores,
-    selection and weights in fp32.  An exact tie goes to the lowest expert id, a NaN
-    score ranks below every real one, and the K ids of a row are always distinct.
+    selection and weights in fp32.  Experts and groups are ranked by the total order of that
+    class, NaN and infinities included, and the K ids of a row are always distinct.
 
     Raises ConfigError if ``config.router_dtype`` is not fp32.
     """

@@ -5,7 +5,6 @@ M members of a group, P partial sums of a logit.
 """
 
 from twinmoe.optimized.numerics import (
-    LOWEST,
     exp_nonpositive,
     sigmoid,
     softplus,
@@ -14,6 +13,10 @@ from twinmoe.optimized.numerics import (
 from twinmoe.optimized.triton_runtime import INTERPRETED, tl, triton
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+#: The upper halves of the keys of NaN and of -inf, next below that of the lowest finite value.
+_NAN_RANK = tl.constexpr(-(2**31) + 0x7FFFFF)
+_DISABLED_RANK = tl.constexpr(-(2**31) + 0x7FFFFE)
 
 #: Key of what cannot be chosen: below the key of every value, -inf included.
 _UNAVAILABLE = tl.constexpr(-(2**63))
@@ -108,7 +111,6 @@ def router_select(
     selection_TGM = score_TGM
     if HAS_BIAS:
         selection_TGM += tl.load(bias_ptr + expert, mask=exists, other=0.0)
-    selection_TGM = _nan_ranks_last(selection_TGM)
     if TOPK_GROUP < N_GROUP:
         kept_TG = _kept_groups(
             selection_TGM, exists, N_GROUP, TOPK_GROUP, MEMBERS, GROUP_SCORE, BLOCK_G, BLOCK_M
@@ -161,18 +163,15 @@ def _score(logits_TGM, exists, SCORING: tl.constexpr):
 
 
 @triton.jit
-def _nan_ranks_last(value):
-    return tl.where(value == value, value, LOWEST)  # noqa: PLR0124 - false for NaN only
-
-
-@triton.jit
 def _rank_key(value, preference):
-    """int64 whose order is (value, then preference >= 0): one maximum, no ties left.
+    """int64 in the total order of reference.router.TopKRouter: value, then preference >= 0.
 
     -0.0 would rank below 0.0, but no score is -0.0, nor is a sum of unlike summands.
     """
     bits = value.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(value == float("-inf"), _DISABLED_RANK, ordered)
+    ordered = tl.where(value == value, ordered, _NAN_RANK)  # noqa: PLR0124 - false for NaN only
     return (ordered.to(tl.int64) << 32) | preference.to(tl.int64)
 
 
@@ -187,14 +186,14 @@ def _kept_groups(
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Which groups stay: the TOPK_GROUP best, the lowest id on a tie."""
-    inside_TGM = tl.where(exists, selection_TGM, float("-inf"))
-    score_TG = tl.max(inside_TGM, 2)
-    if GROUP_SCORE == "top2_sum" and MEMBERS > 1:
-        first_TG = tl.argmax(inside_TGM, 2)
-        member = tl.arange(0, BLOCK_M)[None, None, :]
-        rest_TGM = tl.where(member == first_TG[:, :, None], float("-inf"), inside_TGM)
-        score_TG = _nan_ranks_last(score_TG + tl.max(rest_TGM, 2))
+    """Which groups stay: the TOPK_GROUP best, by the same order on IEEE sums of their best."""
+    member = tl.arange(0, BLOCK_M)[None, None, :]
+    key_TGM = tl.where(exists, _rank_key(selection_TGM, MEMBERS - 1 - member), _UNAVAILABLE)
+    score_TG = tl.zeros((selection_TGM.shape[0], BLOCK_G), tl.float32)
+    for _ in tl.static_range(2 if GROUP_SCORE == "top2_sum" and MEMBERS > 1 else 1):
+        best_TGM = (key_TGM == tl.max(key_TGM, 2)[:, :, None]) & exists
+        score_TG += tl.sum(tl.where(best_TGM, selection_TGM, 0.0), 2)
+        key_TGM = tl.where(best_TGM, _UNAVAILABLE, key_TGM)
     group = tl.arange(0, BLOCK_G)[None, :]
     key_TG = tl.where(group < N_GROUP, _rank_key(score_TG, N_GROUP - 1 - group), _UNAVAILABLE)
     kept_TG = group < 0

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.envelope import E, Enclosure, Grade, product
-from twinmoe.oracle.routing import RoutingTruth, exact_groups
+from twinmoe.oracle.order import exact_groups, in_order, ranked
+from twinmoe.oracle.routing import RoutingTruth
 from twinmoe.oracle.truth import Stages, Truth
 
 
@@ -85,10 +86,9 @@ class GroupsRankedUnbiased(_OtherRouting):
 
     def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Choose among the experts of those groups."""
-        kept_TE = exact_groups(self.config, right.score_TE.value)
-        lowest = torch.finfo(torch.float64).min
+        kept_TE = exact_groups(self.config, right.score_TE.value, right.fmt.max_value)
         selection = right.selection_TE.only(kept_TE)
-        selection = replace(selection, value=selection.value.masked_fill(~kept_TE, lowest))
+        selection = replace(selection, value=selection.value.masked_fill(~kept_TE, -torch.inf))
         return _ungrouped(right, selection)
 
 
@@ -97,13 +97,13 @@ class GroupsMaskedByZero(_OtherRouting):
 
     def misled(self, right: RoutingTruth) -> RoutingTruth:
         """Choose among all experts, by scores of which some are 0."""
-        kept_TE = exact_groups(self.config, right.selection_TE.value)
+        kept_TE = exact_groups(self.config, right.selection_TE.value, right.fmt.max_value)
         return _ungrouped(right, right.selection_TE.only(kept_TE))
 
 
 def _ungrouped(right: RoutingTruth, selection_TE: Enclosure) -> RoutingTruth:
     """The best of all experts by ``selection_TE``."""
-    order = selection_TE.value.sort(dim=-1, descending=True, stable=True).indices
+    order = in_order(ranked(selection_TE.value), torch.ones_like(right.bias_E, dtype=torch.bool))
     return replace(
         right,
         config=replace(right.config, n_group=1, topk_group=1),

@@ -20,6 +20,15 @@ from torch import Tensor
 
 from twinmoe.oracle.contract import RoundingContract, Scales, Ties
 from twinmoe.oracle.envelope import Enclosure, Grade, matmul, product, rounded, total
+from twinmoe.oracle.order import (
+    by_group,
+    certain_specials,
+    exact_groups,
+    group_bounds,
+    in_order,
+    overflowed,
+    ranked,
+)
 from twinmoe.oracle.rounding import Format, round_to
 from twinmoe.reference.config import MoEConfig
 
@@ -115,12 +124,10 @@ class RoutingTruth:
         if correction_bias_E is not None:
             bias = correction_bias_E.double()
         value = score.value + bias
-        selection = Enclosure(value, score.radius + fmt.unit * value.abs() * (bias != 0))
-        allowed = exact_groups(config, value.nan_to_num(nan=torch.finfo(torch.float64).min))
-        ranked = value.nan_to_num(nan=torch.finfo(torch.float64).min)
-        ranked = ranked.masked_fill(~allowed, -torch.inf)
-        order = ranked.sort(dim=-1, descending=True, stable=True).indices
-        ids = order[:, : config.num_experts_per_tok]
+        rounding = (fmt.unit * value.abs()).where((bias != 0) & ~bias.isinf(), 0.0)
+        selection = Enclosure(value, score.radius + rounding)
+        allowed = exact_groups(config, value, fmt.max_value)
+        ids = in_order(ranked(value), allowed)[:, : config.num_experts_per_tok]
         return cls(config, logits, score, selection, bias, ids, contract, carry)
 
     def weights(self, ids_TK: Tensor) -> Enclosure:
@@ -148,8 +155,8 @@ class RoutingTruth:
     def admissible(self, ids_TK: Tensor) -> Tensor:
         """Bool [T]: could a correct router have answered this set of ids?
 
-        ``ids_TK`` must be valid expert ids; duplicates are never admissible.  Rows with
-        a NaN logit are not ranked by any rule, so any K distinct ids are admissible.
+        ``ids_TK`` must be valid expert ids; duplicates are never admissible.  A contract that
+        leaves ties open says nothing about NaN either: rows with a NaN logit may go anywhere.
         """
         chosen_TE = torch.zeros_like(self.selection_TE.value, dtype=torch.bool)
         chosen_TE.scatter_(1, ids_TK, True)
@@ -159,7 +166,7 @@ class RoutingTruth:
         good &= ~(chosen_TE & ~self._experts_of(kept_TG)).any(dim=-1)
         for row in self._groups_ambiguous().nonzero().flatten().tolist():
             good[row] = self._admissible_in_some_groups(row, chosen_TE[row])
-        unranked = self.logits_TE.value.isnan().any(dim=-1)
+        unranked = self.logits_TE.value.isnan().any(dim=-1) & (self.contract.ties is Ties.ANY)
         return distinct & (good | unranked)
 
     def ambiguous(self) -> Tensor:
@@ -174,8 +181,9 @@ class RoutingTruth:
         """[T]: the highest-ranked expert of each token that ``ids_TK`` leaves out; None if none."""
         if self.config.num_experts_per_tok == self.config.num_experts:
             return None
-        ranked = self.selection_TE.value.nan_to_num(nan=torch.finfo(torch.float64).min)
-        return ranked.scatter(1, ids_TK, -torch.inf).argmax(dim=1)
+        left_TE = torch.ones_like(self.selection_TE.value, dtype=torch.bool)
+        left_TE.scatter_(1, ids_TK, False)
+        return in_order(ranked(self.selection_TE.value), left_TE)[:, 0]
 
     def candidates(self, token: int, limit: int) -> list[Tensor]:
         """Admissible answers [K] for one token, the exact one first; at most ``limit``.
@@ -194,16 +202,15 @@ class RoutingTruth:
     def _near_answers(self, token: int) -> Iterator[Tensor]:
         """Sets of K experts that some admissible choice of groups may rank highest."""
         low, high = (bound[token] for bound in self._interval())
-        value, k = self.selection_TE.value[token], self.config.num_experts_per_tok
+        value, k = ranked(self.selection_TE.value[token]), self.config.num_experts_per_tok
         for kept_G in self._kept_sets(token):
             rivals = self._experts_of(kept_G[None])[0]
-            best = value.masked_fill(~rivals, -torch.inf).argsort(descending=True, stable=True)[:k]
+            best = in_order(value, rivals)[:k]
             chosen = torch.zeros_like(rivals).scatter_(0, best, True)
             certain = chosen & (low > high.masked_fill(chosen | ~rivals, -torch.inf).max())
             near = rivals & ~certain & (high >= low[best].min())
-            ranked = high.masked_fill(~near, -torch.inf).argsort(descending=True, stable=True)
-            free = k - int(certain.sum())
-            for rest in combinations(ranked[: int(near.sum())].tolist(), free):
+            open_places = k - int(certain.sum())
+            for rest in combinations(in_order(high, near)[: int(near.sum())].tolist(), open_places):
                 yield torch.tensor([*certain.nonzero().flatten().tolist(), *rest])
 
     def _one_admissible(self, token: int, ids_K: Tensor) -> bool:
@@ -218,10 +225,20 @@ class RoutingTruth:
             ids_TK=self.ids_TK[token : token + 1],
         )
 
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest selection scores, NaN among them, as the router holds them.
+
+        Where a logit may overflow, any score may come out.
+        """
+        value, largest = self.selection_TE.value, self.fmt.max_value
+        open_TE = ~self.selection_TE.radius.isfinite() & ~value.isnan()
+        radius = self.selection_TE.radius.masked_fill(open_TE, 0.0)
+        low, high = (overflowed(bound, largest) for bound in (value - radius, value + radius))
+        return low.masked_fill(open_TE, -torch.inf), high.masked_fill(open_TE, torch.inf)
+
     def _interval(self) -> tuple[Tensor, Tensor]:
-        value, radius = self.selection_TE.value, self.selection_TE.radius
-        lowest = torch.finfo(torch.float64).min  # a NaN score ranks below every real one
-        return (value - radius).nan_to_num(nan=lowest), (value + radius).nan_to_num(nan=lowest)
+        low, high = self._bounds()
+        return ranked(low), ranked(high)
 
     def _tied_with(self, ids_TK: Tensor) -> Tensor:
         """Bool [T, K, E]: whose score equals that of ids in any arithmetic."""
@@ -232,25 +249,33 @@ class RoutingTruth:
 
     def _tied_groups(self) -> Tensor:
         """Bool [T, G, G]: pairs of groups whose experts tie one by one, best first."""
-        order_TGM = _by_group(self.config, self.selection_TE.value).argsort(dim=-1)
+        order_TGM = by_group(self.config, ranked(self.selection_TE.value)).argsort(dim=-1)
 
-        def ranked(part_TE: Tensor) -> Tensor:
-            return _by_group(self.config, part_TE).gather(-1, order_TGM)
+        def arranged(part_TE: Tensor) -> Tensor:
+            return by_group(self.config, part_TE).gather(-1, order_TGM)
 
-        return self._tied(
-            lambda part_TE: ranked(part_TE)[:, :, None],
-            lambda part_TE: ranked(part_TE)[:, None, :],
+        members = self._tied(
+            lambda part_TE: arranged(part_TE)[:, :, None],
+            lambda part_TE: arranged(part_TE)[:, None, :],
         ).all(dim=-1)
+        special = certain_specials(*self._group_bounds())
+        sums = (special[:, :, None] == special[:, None, :]) & (self.contract.ties is Ties.LOWEST_ID)
+        return members | sums
 
     def _tied(self, left: Arrange, right: Arrange) -> Tensor:
-        """Where experts tie in any arithmetic: certain logits or scores, and biases, are equal."""
+        """Where experts tie in any arithmetic: certain logits or scores, and biases, are equal.
+
+        So are NaN and NaN, and biased scores of one infinity.
+        """
         bias_TE = self.bias_E.expand_as(self.score_TE.value)
         certain = [
             part.value.masked_fill(part.radius != 0, torch.nan)  # which equals nothing
             for part in (self.logits_TE, self.score_TE)
         ]
         logits, scores, biases = (left(part) == right(part) for part in (*certain, bias_TE))
-        return (logits | scores) & biases & (self.contract.ties is Ties.LOWEST_ID)
+        special_TE = certain_specials(*self._interval())
+        tied = (logits | scores) & biases | (left(special_TE) == right(special_TE))
+        return tied & (self.contract.ties is Ties.LOWEST_ID)
 
     def _certainly_better(self, chosen_TE: Tensor, rivals_TE: Tensor) -> Tensor:
         """Bool [T]: does some rival certainly beat some chosen expert?
@@ -266,21 +291,15 @@ class RoutingTruth:
         broken &= torch.arange(low.shape[1]) < ids_TK[:, :, None]
         return (strongest > weakest) | broken.flatten(1).any(dim=-1)
 
-    def _group_scores(self) -> Enclosure:
-        config = self.config
-        low, high = (_by_group(config, bound) for bound in self._interval())
-        best = 2 if config.group_score == "top2_sum" and low.shape[-1] > 1 else 1
-        low, high = (bound.topk(best, dim=-1).values.sum(dim=-1) for bound in (low, high))
-        centre = (low + high) / 2
-        return Enclosure(centre, (high - low) / 2 + self.fmt.unit * centre.abs())
+    def _group_bounds(self) -> tuple[Tensor, Tensor]:
+        return group_bounds(self.config, self._bounds(), self.fmt)
 
     def _group_ranks(self) -> tuple[Tensor, Tensor]:
         """(certain, possible) [T, G]: groups kept under every, or some, admissible order."""
         if self.config.n_group == 1:
             everything = torch.ones(len(self.ids_TK), 1, dtype=torch.bool)
             return everything, everything
-        scores = self._group_scores()
-        low, high = scores.value - scores.radius, scores.value + scores.radius
+        low, high = self._group_bounds()
         tied = self._tied_groups()
         lower_id = torch.ones(tied.shape[1:], dtype=tied.dtype).tril(-1)
         may_beat = torch.where(tied, lower_id, high[:, None, :] >= low[:, :, None])
@@ -294,8 +313,7 @@ class RoutingTruth:
         """Every set of groups (bool [G]) that an admissible order of group scores keeps."""
         certain_TG, possible_TG = self._group_ranks()
         certain, possible = certain_TG[token], possible_TG[token]
-        scores = self._group_scores()[token]
-        low, high = scores.value - scores.radius, scores.value + scores.radius
+        low, high = (bound[token] for bound in self._group_bounds())
         tied = self._tied_groups()[token]
         lower_id = torch.ones_like(tied).tril(-1)
         open_groups = (possible & ~certain).nonzero().flatten().tolist()
@@ -323,20 +341,3 @@ class RoutingTruth:
     def _groups_ambiguous(self) -> Tensor:
         certain, possible = self._group_ranks()
         return (possible & ~certain).any(dim=-1)
-
-
-def _by_group(config: MoEConfig, per_expert_TE: Tensor) -> Tensor:
-    """[T, E] as [T, G, E / G]."""
-    return per_expert_TE.view(-1, config.n_group, config.num_experts // config.n_group)
-
-
-def exact_groups(config: MoEConfig, selection_TE: Tensor) -> Tensor:
-    """Bool [T, E]: experts of the groups kept by exact scores, lowest id on a tie."""
-    if config.n_group == 1:
-        return torch.ones_like(selection_TE, dtype=torch.bool)
-    grouped = _by_group(config, selection_TE)
-    best = 2 if config.group_score == "top2_sum" and grouped.shape[-1] > 1 else 1
-    scores = grouped.sort(dim=-1, descending=True).values[..., :best].sum(dim=-1)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, : config.topk_group]
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-    return kept.repeat_interleave(grouped.shape[-1], dim=1)

@@ -49,12 +49,17 @@ def dense_routing(
     """Return routing weights [T, E], zero where not chosen, and the mask of chosen experts."""
     dtype = config.router_dtype
     logits_TE = torch.einsum("th,eh->te", x_TH.to(dtype), weights.router_EH.to(dtype))
+    return dense_choice(config, weights, logits_TE)
+
+
+def dense_choice(
+    config: MoEConfig, weights: MoEWeights, logits_TE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of logits [T, E]."""
     scores_TE = _scores(config, logits_TE)
     choice_TE = scores_TE.detach()
     if weights.correction_bias_E is not None:
-        choice_TE = choice_TE + weights.correction_bias_E.detach().to(dtype)
-    worst = torch.finfo(dtype).min
-    choice_TE = torch.where(choice_TE > worst, choice_TE, worst)  # NaN, which is not, included
+        choice_TE = choice_TE + weights.correction_bias_E.detach().to(logits_TE.dtype)
     chosen_TE = _chosen(config, choice_TE)
     weights_TE = torch.where(chosen_TE, scores_TE, 0.0)
     if config.norm_topk_prob:
@@ -65,7 +70,8 @@ def dense_routing(
 def _scores(config: MoEConfig, logits_TE: torch.Tensor) -> torch.Tensor:
     match config.scoring_func:
         case "softmax":
-            return torch.exp(logits_TE - torch.logsumexp(logits_TE, dim=1, keepdim=True))
+            below_TE = logits_TE - logits_TE.amax(dim=1, keepdim=True)  # NaN where that is infinite
+            return torch.exp(below_TE - torch.log(torch.exp(below_TE).sum(dim=1, keepdim=True)))
         case "sigmoid":
             return torch.sigmoid(logits_TE)
         case _:
@@ -76,22 +82,28 @@ def _chosen(config: MoEConfig, choice_TE: torch.Tensor) -> torch.Tensor:
     """Mark the experts that fewer than k experts beat, among those of the best groups."""
     group_size = config.num_experts // config.n_group
     choice_TGM = choice_TE.reshape(-1, config.n_group, group_size)
-    order_TGM = _beaten_by(choice_TGM)
     counted = 2 if config.group_score == "top2_sum" else 1
-    group_TG = torch.where(order_TGM < counted, choice_TGM, 0.0).sum(dim=2)
-    kept_TG = _beaten_by(group_TG) < config.topk_group
+    counts_TGM = _beaten_by(choice_TGM, _standing(choice_TGM)) < counted
+    group_TG = torch.where(counts_TGM, choice_TGM, 0.0).sum(dim=2)
+    kept_TG = _beaten_by(group_TG, _standing(group_TG)) < config.topk_group
     kept_TE = kept_TG.repeat_interleave(group_size, dim=1)
-    return (
-        _beaten_by(torch.where(kept_TE, choice_TE, -math.inf)) < config.num_experts_per_tok
-    ) & kept_TE
+    standing_TE = torch.where(kept_TE, _standing(choice_TE), -1)
+    return _beaten_by(choice_TE, standing_TE) < config.num_experts_per_tok
 
 
-def _beaten_by(values: torch.Tensor) -> torch.Tensor:
-    """Count, per entry, the entries of its row that are larger, or equal and further left."""
+def _standing(values: torch.Tensor) -> torch.Tensor:
+    """2 for numbers above -inf, 1 for NaN, 0 for -inf."""
+    return (values > -math.inf).int() * 2 + (values != values).int()  # noqa: PLR0124 - NaN alone
+
+
+def _beaten_by(values: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
+    """Count, per entry, those of its row that stand higher, or as high and larger or further left."""
     mine, other = values[..., :, None], values[..., None, :]
     position = torch.arange(values.shape[-1], device=values.device)
     earlier = position[None, :] < position[:, None]
-    return ((other > mine) | ((other == mine) & earlier)).sum(dim=-1)
+    differs = (standing[..., None, :] - standing[..., :, None]).sign()
+    behind = (other < mine) | (~(other > mine) & ~earlier)
+    return ((differs > 0) | ((differs == 0) & ~behind)).sum(dim=-1)
 
 
 def _expert(

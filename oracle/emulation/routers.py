@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinmoe.oracle.emulation.casts import to_bf16
 from twinmoe.reference.config import MoEConfig
-from twinmoe.reference.router import NORM_EPSILON, best, limit_to_groups, score
+from twinmoe.reference.router import NORM_EPSILON, best, kept_experts, score
 
 Route = Callable[[MoEConfig, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -82,5 +82,5 @@ def bf16_logits(
 def _chosen(config: MoEConfig, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
     scores_TE = score(config, logits_TE)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    ids_TK = best(limit_to_groups(config, choice_TE), config.num_experts_per_tok)
+    ids_TK = best(choice_TE, config.num_experts_per_tok, among=kept_experts(config, choice_TE))
     return ids_TK, scores_TE.gather(1, ids_TK)

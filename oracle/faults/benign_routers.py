@@ -15,6 +15,7 @@ from twinmoe.oracle.faults.fault import variant
 from twinmoe.oracle.faults.seams import Seams, Wrong
 from twinmoe.oracle.faults.triggers import has_tokens, several_experts
 from twinmoe.oracle.faults.wrong_routers import ROUTERS, StepwiseRouter, route_by
+from twinmoe.oracle.inputs import weights_for
 from twinmoe.reference.router import NORM_EPSILON
 
 
@@ -97,6 +98,11 @@ def binary_sigmoid(seams: Seams) -> None:
     route_by(seams, _BinarySigmoid)
 
 
+def _has_finite_bias(case: Case) -> bool:
+    bias_E = weights_for(case).correction_bias_E
+    return bias_E is None or bool(bias_E.isfinite().all())
+
+
 class _LowMask(StepwiseRouter):
     def limit(self, choice_TE: Tensor) -> Tensor:
         limited_TE = super().limit(choice_TE)
@@ -105,7 +111,7 @@ class _LowMask(StepwiseRouter):
 
 @variant(
     "experts of refused groups are masked by the lowest number instead of -inf",
-    when=lambda case: has_tokens(case) and case.config.n_group > 1 and case.bias != "nan",
+    when=lambda case: has_tokens(case) and case.config.n_group > 1 and _has_finite_bias(case),
 )
 def lowest_mask(seams: Seams) -> None:
     """Below every score that is a number."""

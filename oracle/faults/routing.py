@@ -25,7 +25,6 @@ from twinmoe.oracle.faults.triggers import (
 from twinmoe.oracle.faults.wrong_routers import (
     ROUTERS,
     StepwiseRouter,
-    guarded,
     route_by,
     routes_otherwise,
 )
@@ -94,8 +93,8 @@ def running_maximum_from_zero(seams: Seams) -> None:
 class _RepeatsNaN(StepwiseRouter):
     masks_padding = False
 
-    def choice(self, scores_TE: Tensor) -> Tensor:
-        return self.biased(scores_TE)
+    def ordered(self, choice_TE: Tensor) -> Tensor:
+        return choice_TE
 
     def pick(self, limited_TE: Tensor) -> Tensor:
         columns = []
@@ -123,7 +122,9 @@ def padding_repeats_an_expert(seams: Seams) -> None:
 
 class _GuardBeforeBias(StepwiseRouter):
     def choice(self, scores_TE: Tensor) -> Tensor:
-        return self.biased(guarded(scores_TE))
+        return (
+            super().choice(scores_TE).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        )
 
 
 @fault(

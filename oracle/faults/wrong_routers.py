@@ -17,7 +17,7 @@ from twinmoe.oracle.faults.seams import Seams, Wrong
 from twinmoe.oracle.faults.triggers import has_tokens
 from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.reference.config import MoEConfig
-from twinmoe.reference.router import NORM_EPSILON, Routing, TopKRouter, best, limit_to_groups, score
+from twinmoe.reference.router import NORM_EPSILON, Routing, TopKRouter, best, kept_experts, score
 
 #: The graphed path's router and the eager one's.
 ROUTERS = (InferenceTopKRouter, TopKRouter)
@@ -49,8 +49,8 @@ class StepwiseRouter(TopKRouter):
         return x_TH.to(dtype) @ self.weights.router_EH.to(dtype).T
 
     def choice(self, scores_TE: Tensor) -> Tensor:
-        """What experts are ranked by: biased scores, NaN below every number."""
-        return guarded(self.biased(scores_TE))
+        """What experts are ranked by: biased scores."""
+        return self.biased(scores_TE)
 
     def biased(self, scores_TE: Tensor) -> Tensor:
         """Scores plus the correction bias, if there is one."""
@@ -58,8 +58,13 @@ class StepwiseRouter(TopKRouter):
         return scores_TE if bias_E is None else scores_TE + bias_E
 
     def limit(self, choice_TE: Tensor) -> Tensor:
-        """Experts of the groups that are out, out of reach."""
-        return limit_to_groups(self.config, choice_TE)
+        """Numbers in the order of experts, those of the groups that are out at -inf."""
+        kept_TE = kept_experts(self.config, choice_TE)
+        return self.ordered(choice_TE).masked_fill(~kept_TE, -torch.inf)
+
+    def ordered(self, choice_TE: Tensor) -> Tensor:
+        """Numbers in fp64 that stand in the order of ``TopKRouter``: NaN low, -inf lower."""
+        return choice_TE.double().nan_to_num(nan=-1e300, posinf=torch.inf, neginf=-1e301)
 
     def pick(self, limited_TE: Tensor) -> Tensor:
         """The ids of the chosen experts, best first."""
@@ -78,11 +83,6 @@ class StepwiseRouter(TopKRouter):
     def scale(self, weights_TK: Tensor) -> Tensor:
         """Weights times the routed scaling factor."""
         return weights_TK * self.config.routed_scaling_factor
-
-
-def guarded(values: Tensor) -> Tensor:
-    """NaN as the lowest number."""
-    return values.masked_fill(values.isnan(), torch.finfo(values.dtype).min)
 
 
 def route_by(seams: Seams, wrong: type[StepwiseRouter], routers: Sequence[type] = ROUTERS) -> None:

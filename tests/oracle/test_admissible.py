@@ -21,6 +21,7 @@ from tests.oracle.routers import (
     truth_of_scores,
     uncertain_scores,
 )
+from twinmoe.oracle.contract import Ties
 from twinmoe.reference.router import TopKRouter
 from twinmoe.reference.weights import MoEWeights
 
@@ -135,14 +136,18 @@ def test_duplicates_are_never_admissible(drawn):
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
-def test_a_nan_token_may_go_anywhere_once(scoring):
-    """Nothing ranks a token of NaN: any distinct experts do, and its neighbours are unaffected."""
+def test_a_nan_token_is_a_tie_and_may_go_anywhere_once_where_ties_are_open(scoring):
+    """All scores NaN: the lowest ids, or any distinct ones; its neighbours are unaffected."""
     nan = torch.nan
     config = config_of(4, 2, scoring_func=scoring)
     truth = truth_of_logits(config, [[nan, nan, nan, nan], [4, 3, 2, 1]])
-    assert truth.admissible(torch.tensor([[3, 1], [0, 1]])).tolist() == [True, True]
-    assert truth.admissible(torch.tensor([[3, 3], [0, 2]])).tolist() == [False, False]
-    assert truth.weights(torch.tensor([[3, 1], [0, 1]])).value[0].isnan().all()
+    anywhere = replace(truth, contract=replace(truth.contract, ties=Ties.ANY))
+    elsewhere = torch.tensor([[3, 1], [0, 1]])
+    assert truth.admissible(elsewhere).tolist() == [False, True]
+    assert truth.admissible(torch.tensor([[1, 0], [0, 1]])).tolist() == [True, True]
+    assert anywhere.admissible(elsewhere).tolist() == [True, True]
+    assert anywhere.admissible(torch.tensor([[3, 3], [0, 2]])).tolist() == [False, False]
+    assert truth.weights(elsewhere).value[0].isnan().all()
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
