@@ -1,12 +1,15 @@
 """ci/gpu without GPUs: which steps run, on which devices, and what its last line says."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from twinmoe.oracle.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,23 +72,26 @@ def run(tmp_path: Path) -> Run:
 def test_every_group_is_checked_and_smaller_ones_share_the_devices(
     run: Run, tmp_path: Path
 ) -> None:
-    """Four GPUs: groups of 1 and 2 on devices of their own, the rest on all four."""
+    """Four GPUs: two and two, then all four with what one does alone beside them."""
     reports = tmp_path / "reports"
     done, started = run("4", devices="3,5,6,7", arguments=(str(reports),))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "ci/gpu: equivalent on 1,2,4 GPUs"
+    assert done.stdout.splitlines()[-1].startswith("ci/gpu: equivalent on 1,2,4 GPUs, ")
     checks = {line.split(": ")[0] for line in started if "check --device" in line}
-    assert checks == {"3", "5,6", "3,5,6,7"}
-    for step in ("pytest tests/gpu ", "faults --device", "killswitch", "torch.distributed.run"):
+    assert checks == {"3", "3,5", "3,5,6,7"}
+    planted = {line.split(": ")[0]: line for line in started if "faults --device" in line}
+    assert "--ep 2" in planted["6,7"]
+    assert "--ep 1" in planted["7"]
+    for step in ("pytest tests/gpu ", "killswitch", "torch.distributed.run"):
         assert sum(step in line for line in started) == 1, step
-    assert sum(str(reports) in line for line in started) == 8
+    assert sum(str(reports) in line for line in started) == 9
     assert reports.is_dir()
 
 
 def test_one_gpu_has_no_kill_switch_to_flip(run: Run) -> None:
     """A group of one has nothing to fall back to; everything else runs."""
     done, started = run("1")
-    assert done.stdout.splitlines()[-1] == "ci/gpu: equivalent on 1 GPUs"
+    assert done.stdout.splitlines()[-1].startswith("ci/gpu: equivalent on 1 GPUs, ")
     assert not any("killswitch" in line for line in started)
     assert sum("check --device" in line for line in started) == 2
 
@@ -97,9 +103,9 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(run: Run, failing: 
     """Exit 1, the step's name, and a verdict that says so."""
     done, started = run("4", failing=failing)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == "ci/gpu: NOT equivalent on 1,2,4 GPUs"
+    assert done.stdout.splitlines()[-1].startswith("ci/gpu: NOT equivalent on 1,2,4 GPUs, ")
     assert ": exit 1" in done.stdout.splitlines()[-2]
-    assert len(started) == 9
+    assert len(started) == 10
 
 
 def test_a_group_that_is_killed_is_no_pass(run: Run) -> None:
@@ -107,7 +113,39 @@ def test_a_group_that_is_killed_is_no_pass(run: Run) -> None:
     done, _ = run("4", failing="--ep 2", signal="KILL")
     assert done.returncode == 1
     assert "ci/gpu: a group of GPUs ended early: exit 137" in done.stdout
-    assert done.stdout.splitlines()[-1] == "ci/gpu: NOT equivalent on 1,2,4 GPUs"
+    assert done.stdout.splitlines()[-1].startswith("ci/gpu: NOT equivalent on 1,2,4 GPUs, ")
+
+
+@pytest.mark.parametrize("count", ["1", "2", "3", "4", "8"])
+def test_jobs_of_several_ranks_hold_disjoint_devices(run: Run, count: str) -> None:
+    """Jobs of several ranks hold disjoint devices; each step's seconds are in the table."""
+    done, started = run(count)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [line for line in done.stdout.splitlines() if re.match(r"\d+ s ", line)]
+    assert len(table) == len(started)
+    several = [line.split(": ")[0] for line in started if "," in line.split(": ")[0]]
+    largest = max(several, key=len, default="")
+    beside = {devices for devices in several if devices != largest}
+    assert sum(len(devices.split(",")) for devices in beside) == len(set(",".join(beside)) - {","})
+
+
+def test_every_fault_is_planted_alone_or_together() -> None:
+    """The two lists are those classes, each fault in one of them."""
+    script = (ROOT / "ci" / "gpu").read_text()
+    lists = {
+        name: [
+            x for part in re.findall(rf"^{name}\+?=(.*)$", script, re.M) for x in part.split(",")
+        ]
+        for name in ("alone", "together")
+    }
+    named = [name for names in lists.values() for name in names if name]
+    wanted = [
+        fault.id or fault.name
+        for fault in FAULTS.values()
+        if fault.id[:2] in ("GR", "ST", "CL", "CB")
+        or fault.name in ("dropped_slot", "swapped_segments")
+    ]
+    assert sorted(named) == sorted(wanted)
 
 
 def test_an_interrupt_ends_the_groups_too(run: Run) -> None:
