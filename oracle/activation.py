@@ -1,7 +1,7 @@
 """Enclosures of the expert activations.
 
-Each activation phi brings its derivative and a bound M on |phi''|, which give
-|phi(a + d) - phi(a)| <= |phi'(a)| e + M e**2 / 2 for |d| <= e by Taylor's theorem.
+Each activation phi brings its derivative and bounds L on |phi'| and M on |phi''|, which give
+|phi(a + d) - phi(a)| <= min(|phi'(a)| e + M e**2 / 2, L e) for |d| <= e by Taylor's theorem.
 The error of evaluating phi itself in fp32 is stated per function.
 """
 
@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinmoe.oracle.envelope import E
+from twinmoe.oracle.infinities import of_function
 from twinmoe.oracle.rounding import Format
 
 
 @dataclass(frozen=True)
 class Activation:
-    """phi, phi', a bound on |phi''|, and the evaluation error in units of roundoff.
+    """phi, phi', bounds on |phi'| and |phi''|, and the evaluation error in units of roundoff.
 
     ``evaluation`` maps (a, phi(a)) to the magnitude that the unit roundoff multiplies.
     """
 
     value: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    steepest: float
     curvature: float
     evaluation: Callable[[Tensor, Tensor], Tensor]
 
@@ -54,19 +56,24 @@ def _relu_slope(a: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {
     # an exponential, an addition, a division and a product: 6 roundings with margin
-    "silu": Activation(F.silu, _silu_slope, 0.5, lambda a, phi: 6 * phi.abs()),
+    "silu": Activation(F.silu, _silu_slope, 1.1, 0.5, lambda a, phi: 6 * phi.abs()),
     # 1 + erf cancels for a < 0, so the error is relative to a, not to the result
-    "gelu": Activation(F.gelu, _gelu_slope, 0.8, lambda a, phi: 8 * a.abs()),
+    "gelu": Activation(F.gelu, _gelu_slope, 1.13, 0.8, lambda a, phi: 8 * a.abs()),
     # the tanh argument carries a few roundings, magnified by its slope a phi'(a) <= 1.2 |a|
     "gelu_pytorch_tanh": Activation(
         lambda a: F.gelu(a, approximate="tanh"),
         _gelu_tanh_slope,
+        1.13,
         1.0,
         lambda a, phi: 12 * a.abs(),
     ),
-    "relu": Activation(F.relu, _relu_slope, 0.0, lambda a, phi: torch.zeros_like(a)),
+    "relu": Activation(F.relu, _relu_slope, 1.0, 0.0, lambda a, phi: torch.zeros_like(a)),
     "relu2": Activation(
-        lambda a: F.relu(a).square(), lambda a: 2 * F.relu(a), 2.0, lambda a, phi: phi.abs()
+        lambda a: F.relu(a).square(),
+        lambda a: 2 * F.relu(a),
+        math.inf,
+        2.0,
+        lambda a, phi: phi.abs(),
     ),
 }
 
@@ -77,11 +84,19 @@ def activate(name: str, a: E, accumulator: Format) -> E:
     value = activation.value(a.value)
     spread = activation.derivative(a.value).abs() * a.radius
     spread = spread + activation.curvature / 2 * a.radius.square()
+    if math.isfinite(activation.steepest):
+        spread = torch.minimum(spread, activation.steepest * a.radius)
     size = type(a)(value, spread).magnitude()
     evaluation = accumulator.unit * activation.evaluation(a.magnitude(), size)
     # exp overflows below about -88 in fp32, squares underflow: the result may become 0
     underflow = accumulator.smallest_normal * (1 + a.value.abs()) * (value != 0)
-    return type(a)(value, a.join(spread, evaluation + underflow))
+    radius = a.join(spread, evaluation + underflow)
+    specials = a.specials()
+    if specials is not None:
+        value, radius = of_function(specials, value, radius)
+    result = type(a)(value, radius)
+    end = result.error()
+    return result.in_range((value + end).clamp(min=0), (end - value).clamp(min=0), accumulator)
 
 
 def clamp(x: E, low: float, high: float) -> E:
@@ -89,4 +104,6 @@ def clamp(x: E, low: float, high: float) -> E:
     value = x.value.clamp(low, high)
     above = (x.value + x.radius).clamp(low, high) - value
     below = value - (x.value - x.radius).clamp(low, high)
-    return type(x)(value, torch.maximum(above, below))
+    radius = torch.maximum(above, below)
+    specials = x.specials()
+    return type(x)(value, radius if specials is None else specials.kept(radius))

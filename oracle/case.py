@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from twinmoe.oracle.history import HistoryError, Step, parse
+from twinmoe.oracle.magnitudes import MAGNITUDES
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
 
 #: Short names of the configuration in a line; other settings keep their full names.
@@ -43,6 +44,7 @@ _AXES = {
     "mode": MODES,
     "wire": WIRES,
     "values": VALUES,
+    "magnitude": MAGNITUDES,
     "routing": ROUTINGS,
     "bias": BIASES,
     "layout": LAYOUTS,
@@ -63,7 +65,8 @@ class Case:
     ``mode``: "eager" runs that path once, "graphed" captures and replays it on the same
     input, "replayed" replays after another batch.  ``wire`` is the payload of the
     reduce-scatter.  ``values``, ``routing``, ``bias``, ``layout`` and ``padding`` say what
-    the tensors look like.  ``history`` is a program of steps around the judged forwards
+    the tensors look like, ``magnitude`` how large they are (:mod:`twinmoe.oracle.magnitudes`).
+    ``history`` is a program of steps around the judged forwards
     (:mod:`twinmoe.oracle.history`), ``relation`` names a change of layer or batch whose
     effect is known (:mod:`twinmoe.oracle.relations`); ``fault`` names a planted fault.
     """
@@ -75,6 +78,7 @@ class Case:
     backend: str = "auto"
     wire: str = "fp32"
     values: str = "normal"
+    magnitude: str = "usual"
     routing: str = "free"
     bias: str = "mixed"
     layout: str = "plain"

@@ -31,6 +31,11 @@ class Comparison:
         return self.outside.numel()
 
     @property
+    def bounded(self) -> Tensor:
+        """Where neither end of the interval is an infinity, and no NaN is demanded."""
+        return self.low.isfinite() & self.high.isfinite()
+
+    @property
     def worst_ratio(self) -> float:
         """Largest ratio, 0.0 for an empty tensor."""
         return float(self.ratio.max()) if self.ratio.numel() else 0.0

@@ -106,6 +106,27 @@ CORNERS: dict[str, Corner] = {
     ),
 }
 
+#: By how many experts, and of what kind: neighbours, so that cells of three dtypes get one each.
+_KINDS_OF_EXPERTS: dict[str, dict[str, object]] = {
+    "one a token": {"num_experts_per_tok": 1},
+    "one a token, sharply": {"num_experts_per_tok": 1, "hidden_act": "relu2"},
+    "one a token, ungated": {"num_experts_per_tok": 1, "gated": False},
+}
+
+CORNERS |= {
+    f"{magnitude.replace('_', ' ')}: {kind}": lambda c, magnitude=magnitude, changes=changes: (  # type: ignore[misc]
+        _extreme(c, magnitude, **changes)
+    )
+    for magnitude in ("fp16_ends", "own_ends")
+    for kind, changes in _KINDS_OF_EXPERTS.items()
+}
+
+CORNERS |= {
+    "large input": lambda c: _extreme(c, "large_input"),
+    "small input": lambda c: _extreme(c, "small_input"),
+    "large logits": lambda c: _extreme(c, "large_logits", num_experts_per_tok=1),
+}
+
 
 CORNERS |= {
     f"history: {name}": lambda c, program=program: _history_case(c, program)  # type: ignore[misc]
@@ -126,6 +147,18 @@ def _history_case(cell: Cell, program: str) -> Case:
         shared_expert_intermediate_size=24,
         history=program,
     )
+
+
+def _extreme(cell: Cell, magnitude: str, **changes: object) -> Case:
+    """Tokens enough to visit an expert of every stage, at sizes that cost little."""
+    settings = {
+        "num_experts": 6 * max(1, cell.ep_size // 2),
+        "hidden_size": 48,
+        "moe_intermediate_size": 16,
+        **changes,
+    }
+    tokens = (-(-24 // cell.ep_size),) * cell.ep_size
+    return _case(cell, tokens, magnitude=magnitude, wire=_wire(cell), **settings)
 
 
 def _wire(cell: Cell) -> str:

@@ -14,6 +14,7 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.infinities import Specials, in_range, of_product
 from twinmoe.oracle.rounding import Format, lowest_bit, round_to
 
 #: Standard deviations that the probabilistic grades allow.  The chance of any false
@@ -39,7 +40,10 @@ class Grade(IntEnum):
 
 @dataclass(frozen=True)
 class Enclosure:
-    """The interval [value - radius, value + radius]; both fp64, of one shape."""
+    """The interval [value - radius, value + radius]; both fp64, of one shape.
+
+    For infinities, NaN and what may be anything see :mod:`twinmoe.oracle.infinities`.
+    """
 
     value: Tensor
     radius: Tensor
@@ -90,6 +94,14 @@ class Enclosure:
         """One number for each element's error."""
         return self.radius
 
+    def specials(self) -> Specials | None:
+        """Where something is not finite; None if nothing is."""
+        return Specials.of(self.value, self.radius)
+
+    def in_range(self, above: Tensor, below: Tensor, target: Format) -> Self:
+        """See :func:`twinmoe.oracle.infinities.in_range`."""
+        return type(self)(*in_range(self.value, self.radius, above, below, target))
+
     def only(self, mask: Tensor) -> Self:
         """Exact zeros where ``mask`` is false."""
         return type(self)(torch.where(mask, self.value, 0.0), torch.where(mask, self.radius, 0.0))
@@ -133,7 +145,8 @@ class Enclosure:
         below = value - round_to(self.value - self.radius, target)
         # inf - inf: both ends overflow alike, so the infinity itself is certain
         certain = (value_.nan_to_num(0.0, torch.inf) for value_ in (above, below))
-        return type(self)(value, torch.maximum(*certain))
+        radius = torch.maximum(*certain)
+        return type(self)(value.masked_fill(radius.isinf(), 0.0), radius)
 
 
 E = TypeVar("E", bound=Enclosure)
@@ -165,7 +178,16 @@ def matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
     A Spread (``spread.py``) has its own lam and, for SHARP, its own s.
     """
     rows = max(1, _CHUNK // max(1, weight.shape[-1]))
-    parts = [_matmul(x, part.double(), accumulator, grade) for part in weight.split(rows)]
+    specials = x.specials()
+    if specials is None:
+        parts = [_matmul(x, part.double(), accumulator, grade) for part in weight.split(rows)]
+    else:
+        finite = x.only(~specials.anywhere)
+        parts = []
+        for part in weight.split(rows):
+            sums = _matmul(finite, part.double(), accumulator, grade)
+            met = specials.times(part, accumulator.drops_below)
+            parts.append(type(x)(*met.put_into(sums.value, sums.radius)))
     if len(parts) == 1:
         return parts[0]
     return type(x)(
@@ -200,9 +222,10 @@ def _matmul(x: E, weight: Tensor, accumulator: Format, grade: Grade) -> E:
         least = accumulator.aligned_from
         nominal = _raised(x.value, least) @ _raised(weight, least).T
         error = error + unit * (nominal - x.value.abs() @ weight.abs().T).clamp(min=0)
-    # where some order of summation may overflow, anything may come out
-    error = torch.where(one_norm + error > accumulator.max_value, torch.inf, error)
-    return type(x)(value, x.join(propagated, error))
+    radius = x.join(propagated, error)
+    reach = one_norm + type(x)(value, radius).error()
+    above, below = (reach + value) / 2, (reach - value) / 2  # sums of terms of either sign
+    return type(x)(value, radius).in_range(above, below, accumulator)
 
 
 def _dropped(x: Enclosure, columns: Tensor, least: float) -> Tensor | float:
@@ -251,7 +274,13 @@ def product(a: E, b: E, accumulator: Format) -> E:
     # one factor exactly 1 or 0 multiplies without rounding
     trivial = _is_one_or_zero(a) | _is_one_or_zero(b)
     error = accumulator.unit * type(a)(value, spread).magnitude() + accumulator.underflow
-    return type(a)(value, a.join(spread, torch.where(trivial, 0.0, error)))
+    radius = a.join(spread, torch.where(trivial, 0.0, error))
+    if a.specials() is not None or b.specials() is not None:
+        pair = of_product((a.value, a.radius), (b.value, b.radius), (value, radius))
+        return type(a)(*pair)
+    result = type(a)(value, radius)
+    end = result.error()
+    return result.in_range((value + end).clamp(min=0), (end - value).clamp(min=0), accumulator)
 
 
 def _is_one_or_zero(x: Enclosure) -> Tensor:
@@ -264,6 +293,11 @@ def total(terms: E, dim: int, accumulator: Format) -> E:
     Adding an exact zero is exact, so only the n terms that can be nonzero count.  A sum
     of numbers never underflows: it is a multiple of their lowest bit.
     """
+    specials = terms.specials()
+    if specials is not None:
+        finite = total(terms.only(~specials.anywhere), dim, accumulator)
+        met = specials.along(dim).put_into(finite.value, finite.radius)
+        return type(terms)(*met)
     magnitude = terms.magnitude()
     additions = ((magnitude > 0).sum(dim=dim) - 1).clamp(min=0)
     unit = accumulator.unit
@@ -271,4 +305,8 @@ def total(terms: E, dim: int, accumulator: Format) -> E:
     error = torch.where(additions > 0, error, 0.0)
     if accumulator.flushes:
         error = error + (additions > 0).double() * accumulator.underflow
-    return type(terms)(terms.value.sum(dim=dim), terms.join(terms.join_along(dim), error))
+    value = terms.value.sum(dim=dim)
+    result = type(terms)(value, terms.join(terms.join_along(dim), error))
+    ends = (terms.value.clamp(min=0).sum(dim=dim), (-terms.value).clamp(min=0).sum(dim=dim))
+    above, below = (end + result.error() for end in ends)
+    return result.in_range(above, below, accumulator)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twinmoe.oracle.alternating import answer_in_turn, ask_in_turn
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.magnitudes import scaled_input, scaled_weights
 from twinmoe.oracle.recording import recorded_hidden_states
 from twinmoe.reference import draws
 from twinmoe.reference.placement import Placement
@@ -38,13 +39,14 @@ _BACKGROUND = 1 / 64
 
 
 def weights_for(case: Case, experts: range | None = None) -> MoEWeights:
-    """Weights of ``experts`` (None: all), with the router shaped as the case asks."""
+    """Weights of ``experts`` (None: all), shaped and scaled as the case asks."""
     weights = MoEWeights.random(case.config, case.seed, experts=experts)
-    return replace(
+    shaped = replace(
         weights,
         router_EH=_router(case, weights.router_EH),
         correction_bias_E=_bias(case, weights.correction_bias_E),
     )
+    return scaled_weights(case.magnitude, case.config, case.seed, shaped)
 
 
 def tokens_at(case: Case, step: int) -> tuple[int, ...]:
@@ -76,7 +78,7 @@ def hidden_for(case: Case, rank: int, step: int = 0) -> Tensor:
         x_TH[:, 0] = _CARRIER * (torch.arange(tokens) % 3)
     if case.routing == "alternating":
         x_TH = ask_in_turn(x_TH, step)
-    x_TH = x_TH.to(case.config.dtype)
+    x_TH = scaled_input(case.magnitude, case.config, x_TH).to(case.config.dtype)
     return _strided(x_TH) if case.layout == "strided" else x_TH
 
 

@@ -245,7 +245,7 @@ class _Judgement:
         verdict = self.verdict
         result = self._compare(observed, free.sum_TH, output=True)
         verdict.worst_ratio, verdict.elements = result.worst_ratio, result.elements
-        verdict.flips = int(((observed.double() != result.centre) & ~result.centre.isnan()).sum())
+        verdict.flips = int(((observed.double() != result.centre) & result.bounded).sum())
         if not any(finding.stage == "output" for finding in verdict.findings):
             proof = self._breaks_hard(result, ids_TK)
             self._outside_finding("output", "out", "dim", observed, result, proof)
@@ -262,7 +262,7 @@ class _Judgement:
         stages = self.truth.stages(self.contract, ids_TK, spread, self.grade, expert_output_TKH)
         sums = stages.sum_TH
         chance, variance = sums.flips(result.centre, self.contract.output)
-        chance = (chance * self.loosen).clamp(max=1).masked_fill(result.centre.isnan(), 0)
+        chance = (chance * self.loosen).clamp(max=1).masked_fill(~result.bounded, 0)
         seen_TH = self.evidence.output_TH.double()
         flips = aggregates.flips_of(seen_TH, result.centre, chance, variance * self.loosen**2)
         self.verdict.expected_flips = float(chance.sum())
@@ -271,7 +271,8 @@ class _Judgement:
             return
         # tensor cores truncate inside: what they declare lies to one side by nature
         signed = not self.contract.accumulator.block
-        alarm = aggregates.first_alarm(flips, self.truth.rank_T, ids_TK, self.judged_T, signed)
+        judged_T = self.judged_T & result.bounded.all(dim=1)  # what overflows has no roundings
+        alarm = aggregates.first_alarm(flips, self.truth.rank_T, ids_TK, judged_T, signed)
         if alarm is not None:
             self._report("output", alarm.token, alarm.message)
 

@@ -40,11 +40,13 @@ def certify(
     chosen, and nothing can be mistaken.
     """
     terms_TKH = stages.terms_TKH.value
-    spacing = ulp(result.centre.nan_to_num(), output)
+    centre = result.centre.where(result.bounded, 0.0)
+    spacing = ulp(centre, output)
     half_width_T1H = torch.maximum((result.high - result.low) / 2, spacing / 2)[:, None, :]
 
     def seen(difference_TKH: Tensor) -> int:
-        ratio_TK = (difference_TKH.abs() / half_width_T1H).amax(dim=-1)
+        ratio_TKH = (difference_TKH.abs() / half_width_T1H).where(result.bounded[:, None, :], 0.0)
+        ratio_TK = ratio_TKH.nan_to_num(0.0).amax(dim=-1)
         return int((ratio_TK >= VISIBLE_RATIO).sum())
 
     slots = terms_TKH.shape[0] * terms_TKH.shape[1]

@@ -42,8 +42,8 @@ Arrange = Callable[[Tensor], Tensor]
 def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format, deviations: float) -> Enclosure:
     """Enclose score(logits); each rule is the exact change over [z - e, z + e].
 
-    softmax  p (exp(2 max e_z) - 1), plus the roundings of exp, of its argument
-             z - max z, of the sum of E positive terms and of the division
+    softmax  p (1 - p) (exp(2 max e_z) - 1), plus the roundings of exp, of its argument
+             z - max z, of the sum of E positive terms and of the division; at most 1
     sigmoid  p (1 - p) (exp(e_z) - 1)
     sqrt(softplus)  e_z sigmoid(z + e_z) / s, the slope of softplus through the root
     """
@@ -53,8 +53,9 @@ def _score(config: MoEConfig, logits_TE: Enclosure, fmt: Format, deviations: flo
         p = torch.softmax(z, dim=-1)
         argument = (z.amax(dim=-1, keepdim=True) - z).abs()
         roundings = u * (4 + argument + deviations * config.num_experts**0.5)
-        radius = p * (torch.expm1(2 * e.amax(dim=-1, keepdim=True)) + roundings)
-        return Enclosure(p, radius + underflow)
+        others = (1 - p).clamp(min=2.0**-50)  # what this difference may have lost
+        radius = p * (others * torch.expm1(2 * e.amax(dim=-1, keepdim=True)) + roundings)
+        return Enclosure(p, (radius + underflow).clamp(max=1.0))
     if config.scoring_func == "sigmoid":
         p = torch.sigmoid(z)
         return Enclosure(p, p * torch.sigmoid(-z) * torch.expm1(e) + 4 * u * p + underflow)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle.envelope import Enclosure, Index
+from twinmoe.oracle.infinities import Specials
 from twinmoe.oracle.rounding import Format, ulp
 
 
@@ -74,6 +75,14 @@ class Spread(Enclosure):
         """Root mean square of the whole error."""
         quiet, _, rms, _ = self.radius
         return torch.hypot(quiet, rms)
+
+    def specials(self) -> Specials | None:
+        """None: rows that are not finite take no part in what is expected."""
+        return None
+
+    def in_range(self, above: Tensor, below: Tensor, target: Format) -> Self:
+        """Leave infinities to the rounding that makes them."""
+        return self
 
     def mapped(self, increasing: Callable[[Tensor], Tensor]) -> Self:
         """A step function (nothing else is mapped): the value is expected on its step."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.magnitudes import MAGNITUDES
 from twinmoe.oracle.stories import told
 from twinmoe.reference.config import MoEConfig, dtype_name
 
@@ -33,6 +34,9 @@ _ROUTINGS = (
     *("free", "free", "free", "one_expert", "one_rank", "ties", "equal", "silent"),
     *("alternating", "alternating"),
 )
+
+#: The same of magnitudes.
+_MAGNITUDES = ("usual",) * 7 + MAGNITUDES[1:]
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         backend=draw(st.sampled_from(usable_backends(config, device))),
         wire=draw(st.sampled_from(("fp32", "model"))) if in_graph else "fp32",
         values=draw(st.sampled_from(("normal", "recorded", "outlier", "positive", "integers"))),
+        magnitude=draw(st.sampled_from(_MAGNITUDES)),
         routing=draw(st.sampled_from(_ROUTINGS)),
         bias=draw(st.sampled_from(("mixed", "negative", "large", "nan", "fine")))
         if config.use_correction_bias

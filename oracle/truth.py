@@ -248,6 +248,7 @@ class Truth:
         gate = torch.sigmoid(logit.value)
         spread = gate * torch.sigmoid(-logit.value) * torch.expm1(logit.radius)
         evaluation = 4 * accumulator.unit * gate + accumulator.smallest_normal
+        spread = spread.nan_to_num(0.0, torch.inf)  # a logit that is surely no number
         weight = carry(gate, carry.join(spread, evaluation))
         weight = rounded(weight, contract.shared_gate_weights)
         return rounded(product(weight, y_TH, accumulator), contract.shared_terms)
@@ -289,9 +290,7 @@ def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
     if contract.combine_order is Order.ANY:
         result = total(terms_TKH, 1, contract.accumulator)
         exact = 1 if contract.terms == contract.combine else 0  # a stored term stays as it is
-        error_TH = _running(terms_TKH, 1, contract.combine, exact)
-        result = type(result)(result.value, result.join(result.radius, error_TH))
-        return rounded(result, contract.combine)
+        return rounded(_running(result, terms_TKH, 1, contract.combine, exact), contract.combine)
     token_T1 = torch.arange(len(ids_TK))[:, None]
     order_TK = torch.arange(ids_TK.shape[1]).expand(ids_TK.shape)
     if contract.combine_order is Order.EXPERT_ID:
@@ -314,16 +313,15 @@ def across_ranks(contract: RoundingContract, partials_RTH: E) -> E:
     result = total(partials_RTH, 0, contract.accumulator)
     hop = contract.reduced or contract.partial
     if contract.wire is Wire.PER_HOP and hop is not None:
-        error_TH = _running(partials_RTH, 0, hop, 1)
-        result = type(result)(result.value, result.join(result.radius, error_TH))
+        result = _running(result, partials_RTH, 0, hop, 1)
     return rounded(result, contract.reduced)
 
 
-def _running(shares: Enclosure, dim: int, stored: Format, exact: int) -> Tensor:
-    """What storing every running sum along ``dim`` but the last may add, in any order: [T, H].
+def _running(result: E, shares: E, dim: int, stored: Format, exact: int) -> E:
+    """The sum ``result`` [T, H] with what storing every running sum but the last may add.
 
-    The largest |sum| of j shares is that of the j largest of one sign.  Sums of ``exact`` shares
-    and fewer change nothing by being stored.
+    In any order of the shares along ``dim``.  The largest |sum| of j shares is that of the j
+    largest of one sign.  Sums of ``exact`` shares and fewer change nothing by being stored.
     """
     value, error = shares.value.movedim(dim, 0), shares.error().movedim(dim, 0)
     ends = (value + error, error - value)
@@ -331,7 +329,14 @@ def _running(shares: Enclosure, dim: int, stored: Format, exact: int) -> Tensor:
     met = torch.arange(1, len(value) + 1)[:, None, None]
     rounds = (met > exact) & (met < (shares.magnitude() > 0).sum(dim=dim))
     added = torch.where(rounds, stored.unit * torch.maximum(*sizes) + stored.underflow, 0.0)
-    return added.sum(dim=0) / (1 - len(value) * stored.unit)
+    error_TH = added.sum(dim=0) / (1 - len(value) * stored.unit)
+    specials = result.specials()
+    above, below = (size[-1] for size in sizes)
+    if specials is not None:
+        parts = (error_TH, above, below)
+        error_TH, above, below = (part.masked_fill(specials.anywhere, 0.0) for part in parts)
+    result = type(result)(result.value, result.join(result.radius, error_TH))
+    return result.in_range(above, below, stored)
 
 
 def rank_order_sum(shares_RTH: Tensor) -> Tensor:

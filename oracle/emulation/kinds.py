@@ -15,6 +15,9 @@ subnormal    SHARP  results below the smallest normal number: absolute, not rela
 sparse       SHARP  19 of 20 are zero: adding zero is exact
 cancelling   SHARP  large +- pairs: |v| is small, yet the pairs are in the 2-norm
 recorded     SHARP  outlier channels of a trained transformer decide the 2-norm
+fp16_ends    SHARP  every expert has a stage beyond fp16, or below its normal range
+own_ends     SHARP  the same at the ends of the layer's own dtype: some overflow
+large_logits SHARP  logits beyond fp16: softmax leaves one expert
 ============ ====== =====================================================================
 
 Legend: T tokens of one rank, H hidden_size, E experts.
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.envelope import Grade
+from twinmoe.oracle.magnitudes import scaled_weights
 from twinmoe.oracle.recording import recorded_hidden_states
 from twinmoe.oracle.rounding import FORMATS, power_of_two
 from twinmoe.reference import draws
@@ -194,6 +198,18 @@ def _recorded(
     return weights, recorded_hidden_states(tokens, hidden, seed).float()
 
 
+def _at_ends(magnitude: str) -> Shape:
+    """Weights as cases of this magnitude have them; another stage for each expert."""
+
+    def shape(
+        config: MoEConfig, weights: MoEWeights, x_TH: Tensor, generator: torch.Generator
+    ) -> tuple[MoEWeights, Tensor]:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return scaled_weights(magnitude, config, seed, weights), x_TH
+
+    return shape
+
+
 KINDS: dict[str, Kind] = {
     "normal": Kind(Grade.SHARP, _normal),
     "positive": Kind(Grade.SHARP, _positive),
@@ -204,4 +220,7 @@ KINDS: dict[str, Kind] = {
     "sparse": Kind(Grade.SHARP, _sparse),
     "cancelling": Kind(Grade.SHARP, _cancelling),
     "recorded": Kind(Grade.SHARP, _recorded),
+    "fp16_ends": Kind(Grade.SHARP, _at_ends("fp16_ends")),
+    "own_ends": Kind(Grade.SHARP, _at_ends("own_ends")),
+    "large_logits": Kind(Grade.SHARP, _at_ends("large_logits")),
 }

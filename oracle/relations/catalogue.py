@@ -87,8 +87,9 @@ def _routed_scales(_case: Case, plain: Shown, changed: Sequence[Shown]) -> Itera
 
 
 def _scales_exactly(case: Case) -> bool:
-    """No narrow exponent range between the scaled tensor and the tapped sum."""
-    return case.config.dtype is not torch.float16 and not case.config.router_weight_on_input
+    """No end of an exponent range between the scaled tensor and the tapped sum."""
+    wide = case.config.dtype is not torch.float16 and case.magnitude != "own_ends"
+    return wide and not case.config.router_weight_on_input
 
 
 _ALL = (

@@ -1,0 +1,92 @@
+"""Stages at the ends of formats: where they really lie, by the truths of the pinned cases.
+
+Legend: T tokens, H hidden_size, E experts, F rows of w13, I moe_intermediate_size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from twinmoe.oracle.activation import ACTIVATIONS
+from twinmoe.oracle.bits import same_bits
+from twinmoe.oracle.case import Case
+from twinmoe.oracle.corners import CORNERS
+from twinmoe.oracle.inputs import hidden_for, weights_for
+from twinmoe.oracle.magnitudes import MAGNITUDES, scaled_input, scaled_weights
+from twinmoe.oracle.rounding import FORMATS, FP16, Format
+from twinmoe.oracle.strategies import DTYPES, Cell
+
+#: What is stored on the way; the sum is that of one expert a token, weighed 2.5.
+STAGES = ("input", "logits", "gate and up", "activation", "expert output", "sum")
+
+
+@cache
+def stages_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Magnitudes of all that a corner's experts may store, before any rounding, zeros left out."""
+    case = CORNERS[name](Cell(1, "alltoall", "eager", dtype))
+    config, weights = case.config, weights_for(case)
+    x_TH = hidden_for(case, 0).double()
+    logits_TE = x_TH @ weights.router_EH.double().T
+    gate_up_ETF = torch.einsum("th,efh->etf", x_TH, weights.w13_LFH.double())
+    gate, up = gate_up_ETF.chunk(2, dim=-1) if config.gated else (gate_up_ETF, 1.0)
+    h_ETI = ACTIVATIONS[config.hidden_act].value(gate) * up
+    y_ETH = torch.einsum("eti,ehi->eth", h_ETI, weights.w2_LHI.double())
+    sum_TH = 2.5 * y_ETH[logits_TE.argmax(dim=1), torch.arange(len(x_TH))]
+    values = (x_TH, logits_TE, gate_up_ETF, h_ETI, y_ETH, sum_TH)
+    sizes = (value.abs().flatten() for value in values)
+    return {stage: size[size > 0] for stage, size in zip(STAGES, sizes, strict=True)}
+
+
+def reaches_both_ends(size: Tensor, target: Format) -> bool:
+    """Some number overflows there, and some is below the normal range."""
+    return bool((size > target.max_value).any() and (size < target.smallest_normal).any())
+
+
+@pytest.mark.parametrize("stage", ["gate and up", "activation", "expert output", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stages_reach_the_ends_of_fp16_and_of_their_own_dtype(
+    dtype: torch.dtype, stage: str
+) -> None:
+    """Beyond the largest number and below the smallest normal one, of either format."""
+    for magnitude, target in (("fp16 ends", FP16), ("own ends", FORMATS[dtype])):
+        size = stages_of(f"{magnitude}: one a token", dtype)[stage]
+        assert reaches_both_ends(size, target), magnitude
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_and_logits_reach_the_ends_of_fp16(dtype: torch.dtype) -> None:
+    """Large ones beyond its largest number, small ones below its smallest."""
+    assert stages_of("large input", dtype)["input"].median() > FP16.max_value
+    assert stages_of("small input", dtype)["input"].median() < FP16.smallest_normal / 4
+    assert stages_of("large logits", dtype)["logits"].median() > FP16.max_value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_at_an_end_is_brought_back(dtype: torch.dtype) -> None:
+    """Hidden states at an end leave logits and activations where they were."""
+    for name in ("large input", "small input"):
+        for stage in ("logits", "gate and up", "activation"):
+            assert 2.0**-4 < stages_of(name, dtype)[stage].median() < 2.0**4
+
+
+def test_the_usual_magnitude_changes_nothing() -> None:
+    """A line that names none, as all did once, means the tensors that were drawn."""
+    case = Case.parse("T=3,H=32,I=16,E=6,k=2,dtype=bf16")
+    weights, x_TH = weights_for(case), hidden_for(case, 0)
+    assert case.magnitude == MAGNITUDES[0] == "usual"
+    assert "magnitude" not in str(case)
+    assert scaled_weights("usual", case.config, 0, weights) is weights
+    assert same_bits(scaled_input("usual", case.config, x_TH), x_TH)
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_an_fp16_layer_keeps_finite_weights(magnitude: str) -> None:
+    """Few channels have large weights; scaled, they still fit, and so do loud hidden states."""
+    line = f"T=3/3,H=16,I=16,E=24,k=24,dtype=fp16,values=outlier,magnitude={magnitude}"
+    case = Case.parse(line)
+    for tensor in (*weights_for(case).tensors().values(), hidden_for(case, 1)):
+        assert tensor.isfinite().all()
