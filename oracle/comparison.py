@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.digits import apart
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.rounding import Format, midpoint_toward, round_to
 
@@ -34,6 +35,12 @@ class Comparison:
     def bounded(self) -> Tensor:
         """Where neither end of the interval is an infinity, and no NaN is demanded."""
         return self.low.isfinite() & self.high.isfinite()
+
+    def beside(self, seen: Tensor, index: tuple[int, ...]) -> str:
+        """The element ``seen`` at ``index`` with what is allowed there, to be told apart."""
+        ends = (float(end[index]) for end in (seen, self.low, self.high))
+        shown, low, high = apart(*ends)
+        return f"{shown}, allowed {low} .. {high}"
 
     @property
     def worst_ratio(self) -> float:

@@ -324,8 +324,7 @@ class _Judgement:
             stage,
             index[0],
             f"{what}[{self._place(index[0])}, {axis} {', '.join(map(str, index[1:]))}] = "
-            f"{float(observed[index]):.6g}, allowed {float(result.low[index]):.6g} .. "
-            f"{float(result.high[index]):.6g} ({size}, outside {grade}; "
+            f"{result.beside(observed, index)} ({size}, outside {grade}; "
             f"{int(result.outside.sum())} of {result.elements} elements outside)",
             index[-1],
             ratio=worst,

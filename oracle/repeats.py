@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from twinmoe.oracle.bits import as_bits, same_bits
+from twinmoe.oracle.digits import apart
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.subject import bucket_for
@@ -38,6 +39,7 @@ def _differences(first: Sequence[Answer], again: Sequence[Answer]) -> Iterator[F
                 continue
             wrong = as_bits(before) != as_bits(after)
             token, dim = wrong.nonzero()[0].tolist()
+            first, then = apart(float(before[token, dim]), float(after[token, dim]))
             yield Finding(
                 stage,
                 rank,
@@ -45,8 +47,7 @@ def _differences(first: Sequence[Answer], again: Sequence[Answer]) -> Iterator[F
                 dim,
                 f"{other.act} answers otherwise than {one.act}, which asked the same: "
                 f"{int(wrong.sum())} of {wrong.numel()} elements differ, first [token {token}, "
-                f"dim {dim}] on rank {rank}: {before[token, dim]:.9g}, "
-                f"then {after[token, dim]:.9g}",
+                f"dim {dim}] on rank {rank}: {first}, then {then}",
                 relation="same bits again",
             )
             break

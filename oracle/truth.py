@@ -24,8 +24,8 @@ from twinmoe.oracle.activation import activate, clamp
 from twinmoe.oracle.contract import Order, RoundingContract, Scales, Weighs, Wire
 from twinmoe.oracle.envelope import E, Enclosure, Grade, Index, matmul, product, rounded, total
 from twinmoe.oracle.quantise import quantised
-from twinmoe.oracle.rounding import Format
 from twinmoe.oracle.routing import RoutingTruth, held_factor
+from twinmoe.oracle.running_sums import running_sums
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
 
@@ -290,7 +290,9 @@ def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
     if contract.combine_order is Order.ANY:
         result = total(terms_TKH, 1, contract.accumulator)
         exact = 1 if contract.terms == contract.combine else 0  # a stored term stays as it is
-        return rounded(_running(result, terms_TKH, 1, contract.combine, exact), contract.combine)
+        return rounded(
+            running_sums(result, terms_TKH, 1, contract.combine, exact), contract.combine
+        )
     token_T1 = torch.arange(len(ids_TK))[:, None]
     order_TK = torch.arange(ids_TK.shape[1]).expand(ids_TK.shape)
     if contract.combine_order is Order.EXPERT_ID:
@@ -313,30 +315,8 @@ def across_ranks(contract: RoundingContract, partials_RTH: E) -> E:
     result = total(partials_RTH, 0, contract.accumulator)
     hop = contract.reduced or contract.partial
     if contract.wire is Wire.PER_HOP and hop is not None:
-        result = _running(result, partials_RTH, 0, hop, 1)
+        result = running_sums(result, partials_RTH, 0, hop, 1)
     return rounded(result, contract.reduced)
-
-
-def _running(result: E, shares: E, dim: int, stored: Format, exact: int) -> E:
-    """The sum ``result`` [T, H] with what storing every running sum but the last may add.
-
-    In any order of the shares along ``dim``.  The largest |sum| of j shares is that of the j
-    largest of one sign.  Sums of ``exact`` shares and fewer change nothing by being stored.
-    """
-    value, error = shares.value.movedim(dim, 0), shares.error().movedim(dim, 0)
-    ends = (value + error, error - value)
-    sizes = [end.clamp(min=0).sort(dim=0, descending=True).values.cumsum(dim=0) for end in ends]
-    met = torch.arange(1, len(value) + 1)[:, None, None]
-    rounds = (met > exact) & (met < (shares.magnitude() > 0).sum(dim=dim))
-    added = torch.where(rounds, stored.unit * torch.maximum(*sizes) + stored.underflow, 0.0)
-    error_TH = added.sum(dim=0) / (1 - len(value) * stored.unit)
-    specials = result.specials()
-    above, below = (size[-1] for size in sizes)
-    if specials is not None:
-        parts = (error_TH, above, below)
-        error_TH, above, below = (part.masked_fill(specials.anywhere, 0.0) for part in parts)
-    result = type(result)(result.value, result.join(result.radius, error_TH))
-    return result.in_range(above, below, stored)
 
 
 def rank_order_sum(shares_RTH: Tensor) -> Tensor:

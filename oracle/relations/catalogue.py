@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.digits import apart
 from twinmoe.oracle.relations import changes
 from twinmoe.oracle.relations.relation import (
     Complaint,
@@ -79,10 +80,11 @@ def _routed_scales(_case: Case, plain: Shown, changed: Sequence[Shown]) -> Itera
     wrong = (after != expected) & (expected.abs() > 2.0**-100)
     if wrong.any():
         token, dim = wrong.nonzero()[0].tolist()
+        old, new, right = apart(*(float(x[token, dim]) for x in (before, after, expected)))
         yield Complaint(
             "combine",
             f"with {_FACTOR} times the scale, the routed sum[token {token}, dim {dim}] went from "
-            f"{before[token, dim]:.7g} to {after[token, dim]:.7g}",
+            f"{old} to {new}, not to {right}",
         )
 
 
