@@ -52,7 +52,7 @@ def read_tensors(path: Path, experts: range | None) -> tuple[MoEConfig, dict[str
     with _open(path) as file:
         config = _config_of(path, file)
         names = list(file.keys())
-        specs = {name: _spec_of(file.get_slice(name)) for name in names}
+        specs = {name: spec_of(file.get_slice(name)) for name in names}
         if problems := mismatches(specs, config, config.num_experts):
             raise CheckpointError(
                 f"{path} does not hold the weights of its own config: {'; '.join(problems)}; "
@@ -75,6 +75,18 @@ def check_experts(experts: range, num_experts: int) -> None:
             f"experts ({experts}) must be a non-empty range of step 1 within 0 to "
             f"{num_experts - 1}: a rank's experts are contiguous; use Placement.experts_of(rank)"
         )
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: Path, first: int = 0) -> None:
+    """Raise CheckpointError for the first NaN or infinity; row 0 is expert ``first`` of several."""
+    if bool(torch.isfinite(tensor.sum())) or bool((good := torch.isfinite(tensor)).all()):
+        return
+    index = [int(at) for at in (~good).nonzero()[0]]
+    expert = f" (expert {first + index[0]})" if name in PER_EXPERT else ""
+    raise CheckpointError(
+        f"{name}{index}{expert} in {path} is {float(tensor[tuple(index)])}: a weight is a finite "
+        "number, and one that is not reaches every token that meets it; save the weights again"
+    )
 
 
 class HoldsExperts(Protocol):
@@ -177,6 +189,7 @@ def _config_of(path: Path, file: Any) -> MoEConfig:
         ) from error
 
 
-def _spec_of(stored: Any) -> TensorSpec:
+def spec_of(stored: Any) -> TensorSpec:
+    """Shape and dtype of a tensor in a file, unread; uint8 for dtypes that no layer has."""
     dtype = _SAFETENSORS_DTYPES.get(stored.get_dtype(), torch.uint8)
     return TensorSpec(tuple(stored.get_shape()), dtype)

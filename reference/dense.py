@@ -97,7 +97,7 @@ def _standing(values: torch.Tensor) -> torch.Tensor:
 
 
 def _beaten_by(values: torch.Tensor, standing: torch.Tensor) -> torch.Tensor:
-    """Count, per entry, those of its row that stand higher, or as high and larger or further left."""
+    """Count, per entry, those of its row that stand higher, or as high and are larger or before."""
     mine, other = values[..., :, None], values[..., None, :]
     position = torch.arange(values.shape[-1], device=values.device)
     earlier = position[None, :] < position[:, None]

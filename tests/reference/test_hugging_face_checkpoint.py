@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_our_layer_with_their_weights_is_their_block(
 
 def test_a_rank_reads_only_its_own_experts(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of other ranks' experts are not asked for, and other shards not opened."""
-    asked: list[str] = []
+    asked: set[str] = set()
     opened: set[Path] = set()
 
     class Watched:
@@ -99,9 +100,12 @@ def test_a_rank_reads_only_its_own_experts(qwen: Path, monkeypatch: pytest.Monke
         def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
 
-        def get_tensor(self, name: str) -> torch.Tensor:
-            asked.append(name)
-            return self._file.get_tensor(name)
+        def keys(self) -> list[str]:
+            return list(self._file.keys())
+
+        def get_slice(self, name: str) -> Any:
+            asked.add(name)
+            return self._file.get_slice(name)
 
     monkeypatch.setattr(hugging_face, "safe_open", Watched)
     weights = HuggingFaceCheckpoint(qwen).weights(0, range(2, 4))
@@ -175,6 +179,129 @@ def _other_shape(folder: Path) -> None:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     save_file(tensors | {_EXPERT: torch.zeros(3, 3)}, path)
+
+
+def _changed(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Put a tensor into the shard of the last expert and, where the index lacks it, index it."""
+    index = _index(folder)
+    path = folder / index["weight_map"].setdefault(name, index["weight_map"][_EXPERT])
+    (folder / INDEX).write_text(json.dumps(index))
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    save_file(tensors | ({name: tensor} if tensor is not None else {}), path)
+
+
+def _renamed(folder: Path, file: object) -> None:
+    index = _index(folder)
+    index["weight_map"][_EXPERT] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _linked_out(folder: Path) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    shard = folder / _index(folder)["weight_map"][_EXPERT]
+    shard.rename(outside / "shard")
+    shard.symlink_to(outside / "shard")
+
+
+def _fifo(folder: Path) -> None:
+    shard = folder / _index(folder)["weight_map"][_EXPERT]
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def _unindexed(folder: Path) -> None:
+    before = (folder / INDEX).read_text()
+    _changed(folder, "model.layers.0.mlp.gate.weight_scale_inv", torch.ones(1))
+    (folder / INDEX).write_text(before)
+
+
+def _nan(folder: Path) -> None:
+    tensor = torch.zeros(24, 32)
+    tensor[3, 5] = torch.nan
+    _changed(folder, _EXPERT, tensor)
+
+
+def _layer(name: str) -> Callable[[Path], None]:
+    return lambda folder: _changed(folder, f"model.layers.{name}", torch.ones(1))
+
+
+def _file(name: object) -> Callable[[Path], None]:
+    return lambda folder: _renamed(folder, name)
+
+
+def _setting(**settings: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_layer("0.mlp.experts.4.up_proj.weight"), r"experts\.4.*no part of the layer"),
+        (_layer("0.mlp.shared_experts.up_proj.weight"), "no part of the layer"),
+        (_layer("0.mlp.gate.e_score_correction_bias"), "no part of the layer"),
+        (_layer("0.mlp.experts.1.down_proj.bias"), "no part of the layer"),
+        (_layer("0.mlp.experts.1.down_proj.weight_scale_inv"), "no part of the layer"),
+        (_unindexed, "weight_scale_inv.*no part of the layer"),
+        (_layer("x.mlp.experts.1.down_proj.weight"), "layers have numbers"),
+        (_file("../shard"), "leads out of that folder"),
+        (_file("/etc/hostname"), "leads out of that folder"),
+        (_linked_out, "leads out of that folder"),
+        (_file("a\0b"), "leads nowhere|leads out"),
+        (_fifo, "it is a FIFO, not a regular file"),
+        (_file("."), "it is a folder"),
+        (_file(None), "a file has a name"),
+        (_file([]), "a file has a name"),
+        (_nan, r"up_proj.weight\[3, 5\] in .* is nan"),
+        (_setting(quantization_config="fp8"), "quantised weights"),
+        (_setting(num_experts=10**12), "is in no file of"),
+        (_setting(moe_intermediate_size=10**12), "but config.json calls for"),
+    ],
+)
+def test_what_would_change_the_layer_or_leads_elsewhere_is_refused(
+    damage: Callable[[Path], None], words: str, copied: Path
+) -> None:
+    """Surplus tensors of the layer, files that lie elsewhere or are none, and sizes not there."""
+    damage(copied)
+    with pytest.raises(CheckpointError, match=words):
+        HuggingFaceCheckpoint(copied, torch.float32).weights(0)
+
+
+def test_tensors_outside_the_layer_are_nobodys_business(copied: Path) -> None:
+    """Another layer's or the head's surplus tensors change nothing in this one."""
+    _changed(copied, "model.layers.1.mlp.gate.bias", torch.ones(1))
+    _changed(copied, "lm_head.bias", torch.ones(1))
+    assert HuggingFaceCheckpoint(copied, torch.float32).weights(0).experts == range(4)
+
+
+def test_links_of_the_hubs_cache_are_followed(copied: Path, tmp_path_factory: Any) -> None:
+    """A snapshot's files are links to blobs beside the snapshots: that is one checkpoint."""
+    cache = tmp_path_factory.mktemp("cache")
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(copied.iterdir()):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert HuggingFaceCheckpoint(snapshot, torch.float32).layers() == [0, 1]
+    assert HuggingFaceCheckpoint(snapshot, torch.float32).weights(0).experts == range(4)
+
+
+def test_a_correction_bias_in_16_bits_is_refused(tmp_path: Path) -> None:
+    """It ranks experts otherwise than the fp32 one that the layer is defined with."""
+    saved("deepseek_v3", tmp_path, "1GB")
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    save_file(tensors | {name: tensors[name].bfloat16()}, path)
+    with pytest.raises(CheckpointError, match=r"correction_bias .*bfloat16, but .*float32"):
+        HuggingFaceCheckpoint(tmp_path, torch.float32).weights(1)
 
 
 def _quantised(folder: Path) -> None:
