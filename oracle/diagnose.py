@@ -27,7 +27,7 @@ from twinmoe.oracle.nearest import (
 )
 from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.session import Answer
-from twinmoe.oracle.showing import Showing
+from twinmoe.oracle.showing import Showing, rounds_of
 from twinmoe.oracle.truth import Truth
 from twinmoe.oracle.verdict import Verdict
 
@@ -64,16 +64,9 @@ def diagnosis_of(*shown: Sequence[Showing]) -> list[str]:
     Each of ``shown`` holds all ranks' showings of one case.  Empty when no forward is wrong by
     its numbers, and when nothing known explains all of them.
     """
-    forwards = [
-        _Forward.of([answer for answer in answers if answer is not None])
-        for showings in shown
-        for answers in zip(*(showing.answers for showing in showings), strict=True)
-    ]
-    try:
-        wrong = [forward for forward in forwards if forward.judged(forward.right).findings]
-    except ValueError:  # shapes that fit no layer
-        return []
-    if not wrong:
+    forwards = [_Forward.of(answers) for showings in shown for answers in rounds_of(showings)]
+    wrong = [forward for forward in forwards if forward.judged(forward.right).findings]
+    if not wrong or any(forward.is_misshapen for forward in forwards):
         return []
     # what was right must stay so; the last case shown is the one made to tell
     rest = [forward for forward in reversed(forwards) if forward is not wrong[0]]
@@ -95,6 +88,11 @@ class _Forward:
         scenario = first.scenario
         ranks = len(scenario.hidden())
         return cls(answers, Supposed(scenario.config, scenario.weights(), first.contract, ranks))
+
+    @property
+    def is_misshapen(self) -> bool:
+        """Whether something shown fits no layer."""
+        return any(answer.observation.misshapen for answer in self.answers)
 
     def judged(self, supposed: Supposed) -> Verdict:
         """The verdict if the layer were as ``supposed``."""

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle.bits import as_bits
-from twinmoe.oracle.contract import RoundingContract
-from twinmoe.oracle.observation import RankObservation, Taps
-from twinmoe.oracle.rounding import FORMATS
+from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.truth import Truth
-
-
-class MisshapenError(ValueError):
-    """An output or a tap that no correct layer returns: a wrong shape, or another dtype."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +35,8 @@ class Evidence:
 
     @classmethod
     def of(cls, observations: Sequence[RankObservation], truth: Truth) -> "Evidence":
-        """Check the shapes against ``truth`` and lay the tensors out.
-
-        Raises ValueError when a rank is missing or an output has the wrong shape.
-        """
+        """Lay out what :func:`twinmoe.oracle.admission.admitted` has let in."""
         counts = truth.tokens_by_rank
-        if len(observations) != len(counts):
-            raise ValueError(
-                f"{len(observations)} observations for {len(counts)} ranks: pass one per rank"
-            )
-        for rank, (seen, tokens) in enumerate(zip(observations, counts, strict=True)):
-            expected = (tokens, truth.config.hidden_size)
-            if tuple(seen.output_TH.shape) != expected:
-                raise MisshapenError(
-                    f"rank {rank} returned a tensor of shape {tuple(seen.output_TH.shape)}, "
-                    f"expected {expected}: one output row per input row"
-                )
-            _check_taps(rank, seen.taps, counts)
 
         def own(name: str) -> Tensor | None:
             return _all(observations, name, torch.cat)
@@ -106,37 +85,6 @@ class Evidence:
                 continue
             for rank, copy in enumerate(received):
                 yield what, rank, (as_bits(copy) != as_bits(sent)).any(dim=-1)
-
-
-def check_dtype(seen: torch.dtype, contract: RoundingContract) -> None:
-    """Raise ValueError unless outputs are stored as ``contract`` says."""
-    if FORMATS.get(seen) != contract.output:
-        raise MisshapenError(
-            f"the output's dtype ({seen}) is not the {contract.output.name} that contract "
-            f"{contract.name!r} declares: return that dtype, or declare another output format"
-        )
-
-
-#: Taps that hold every rank's padded rows; the others hold the rank's own.
-_PADDED = ("gathered_hidden", "gathered_ids", "gathered_weights", "partial")
-
-
-def _check_taps(rank: int, taps: Taps, counts: Sequence[int]) -> None:
-    for field in fields(taps):
-        tap = getattr(taps, field.name)
-        if tap is None:
-            continue
-        if field.name not in _PADDED and len(tap) != counts[rank]:
-            raise MisshapenError(
-                f"rank {rank}'s tap {field.name} has {len(tap)} rows, expected {counts[rank]}: "
-                "one row per token of the rank"
-            )
-        padded, ragged = divmod(len(tap), len(counts))
-        if field.name in _PADDED and (ragged or padded < max(counts)):
-            raise MisshapenError(
-                f"rank {rank}'s tap {field.name} has {len(tap)} rows for {len(counts)} ranks, "
-                f"expected at least {max(counts)} for each: every rank's rows, padded alike"
-            )
 
 
 def _all(

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle import aggregates
+from twinmoe.oracle.admission import admitted
 from twinmoe.oracle.comparison import Comparison, compare
 from twinmoe.oracle.contract import RoundingContract, Wire
 from twinmoe.oracle.envelope import Enclosure, Grade, rounded
-from twinmoe.oracle.evidence import Evidence, check_dtype
+from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.power import certify
 from twinmoe.oracle.spread import Spread
@@ -60,16 +61,27 @@ def judge(
     ``grade`` is SHARP except for inputs built to drive partial sums away from their
     2-norm, which are judged MED.  ``sample`` judges that many tokens, drawn with ``seed``,
     with all their experts, which bounds time and memory at production sizes.  ``loosen``
-    multiplies every radius: for judging the judge.  Raises ValueError when the number of
-    observations or a shape does not match the truth, or a dtype not the contract.
+    multiplies every radius: for judging the judge.  A field of a wrong type, shape or dtype is
+    a finding, whatever it is.  Raises ValueError when a rank's observation is missing.
     """
+    counts, config = truth.tokens_by_rank, truth.config
+    if len(observations) != len(counts):
+        raise ValueError(
+            f"{len(observations)} observations for {len(counts)} ranks: pass one per rank"
+        )
+    observations = [
+        admitted(seen, rank, counts, config, contract) for rank, seen in enumerate(observations)
+    ]
+    verdict = Verdict(contract, observations[0].path, tokens=len(truth.hidden_TH))
+    verdict.findings += (finding for seen in observations for finding in seen.misshapen)
+    if any(finding.stage == "output" for finding in verdict.findings):  # no rows to judge
+        return replace(verdict, conclusive=False)
     evidence = Evidence.of(observations, truth)
-    check_dtype(evidence.output_TH.dtype, contract)
     if sample is not None and sample < len(truth.hidden_TH):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randperm(len(truth.hidden_TH), generator=generator)[:sample].sort().values
         evidence, truth = evidence.of_tokens(tokens), truth.of_tokens(tokens)
-    verdict = Verdict(contract, observations[0].path, tokens=len(truth.hidden_TH))
+        verdict.tokens = len(tokens)
     return _Judgement(evidence, truth, contract, grade, loosen, verdict).run()
 
 

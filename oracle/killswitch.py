@@ -17,11 +17,10 @@ import torch
 from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.failures import WorkerFailure
-from twinmoe.oracle.golden.record import rounds_of
 from twinmoe.oracle.killswitch_checks import Check, Place, checks, plain_case
 from twinmoe.oracle.killswitch_play import FAULTS, Played, best_transport, play
 from twinmoe.oracle.session import Answer
-from twinmoe.oracle.showing import judge_showings
+from twinmoe.oracle.showing import judge_showings, rounds_of
 from twinmoe.oracle.torchrun import TorchrunWorld
 from twinmoe.oracle.verdict import Verdict
 from twinmoe.oracle.world import World

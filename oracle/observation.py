@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from twinmoe.oracle.verdict import Finding
+
 #: Begins the path of anyone's layer, of whose collectives the judge knows nothing.
 PLAIN_PATH = "plain: "
 
@@ -38,14 +40,26 @@ class Taps:
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value that is no tensor of numbers in memory: what it was, in words."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True)
 class RankObservation:
     """One rank's answer to one forward: ``output_TH`` in the model's dtype.
 
     ``path`` is the subject's claim of what ran, in words; ``launches`` what was counted
-    while it ran, by kernel or collective name.
+    while it ran, by kernel or collective name.  ``misshapen``: the fields that the judge could
+    not admit, which are then left out (see :mod:`twinmoe.oracle.admission`).
     """
 
     output_TH: Tensor
     taps: Taps = field(default_factory=Taps)
     path: str = ""
     launches: Counter[str] = field(default_factory=Counter)
+    misshapen: tuple[Finding, ...] = ()

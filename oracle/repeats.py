@@ -37,20 +37,32 @@ def _differences(first: Sequence[Answer], again: Sequence[Answer]) -> Iterator[F
         for stage, before, after in _pairs(one.observation, other.observation):
             if stage not in promised or same_bits(before, after):
                 continue
-            wrong = as_bits(before) != as_bits(after)
-            token, dim = wrong.nonzero()[0].tolist()
-            first, then = apart(float(before[token, dim]), float(after[token, dim]))
+            token, dim, said = _difference(before, after)
             yield Finding(
                 stage,
                 rank,
                 token,
                 dim,
-                f"{other.act} answers otherwise than {one.act}, which asked the same: "
-                f"{int(wrong.sum())} of {wrong.numel()} elements differ, first [token {token}, "
-                f"dim {dim}] on rank {rank}: {first}, then {then}",
+                f"{other.act} answers otherwise than {one.act}, which asked the same: {said} on "
+                f"rank {rank}",
                 relation="same bits again",
             )
             break
+
+
+def _difference(before: Tensor, after: Tensor) -> tuple[int | None, int | None, str]:
+    """Token, dim and words for the first place at which two answers to one question differ."""
+    if before.dtype != after.dtype:
+        return None, None, f"{before.dtype}, then {after.dtype}"
+    wrong = as_bits(before) != as_bits(after)
+    token, dim = wrong.nonzero()[0].tolist()
+    was, now = apart(float(before[token, dim]), float(after[token, dim]))
+    return (
+        token,
+        dim,
+        f"{int(wrong.sum())} of {wrong.numel()} elements differ, first [token {token}, dim {dim}]: "
+        f"{was}, then {now}",
+    )
 
 
 def _pairs(one: RankObservation, other: RankObservation) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from twinmoe.optimized import launch
 from twinmoe.oracle import breadcrumbs
+from twinmoe.oracle.admission import admitted
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.history import Step
@@ -176,8 +177,10 @@ class Session:
             del breadcrumbs.journal[issued:]  # what only some ranks do, others need not match
         subject = layer.subject
         promised, required = subject.contract(call), subject.required(call)
+        tokens = [len(hidden_TH) for hidden_TH in hidden_by_rank]
+        shown = admitted(observation, rank, tokens, scenario.config, promised)
         self._answers.append(
-            Answer(act, scenario, promised, required, call, observation, tuple(complaints))
+            Answer(act, scenario, promised, required, call, shown, tuple(complaints))
         )
 
     def _path(self, kind: str) -> str:

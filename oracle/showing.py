@@ -16,7 +16,6 @@ from twinmoe.oracle.agreement import collective_mismatches, missing_exchanges
 from twinmoe.oracle.breadcrumbs import Issued
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import Order, RoundingContract, Wire
-from twinmoe.oracle.evidence import MisshapenError
 from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.observation import PLAIN_PATH, RankObservation
 from twinmoe.oracle.padding import leaks
@@ -43,12 +42,15 @@ class Showing:
     left: tuple[str, ...] = ()
 
 
+def rounds_of(showings: Sequence[Showing]) -> list[list[Answer]]:
+    """The answers of all ranks to each forward."""
+    answers = zip(*(showing.answers for showing in showings), strict=True)
+    return [[answer for answer in of_all if answer is not None] for of_all in answers]
+
+
 def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
     """Judge every forward of a subject on all ranks, and what must hold between them."""
-    rounds: list[Round] = [
-        [answer for answer in answers if answer is not None]
-        for answers in zip(*(showing.answers for showing in showings), strict=True)
-    ]
+    rounds = rounds_of(showings)
     verdict = merged([_judge_forward(answers) for answers in rounds])
     if verdict.conclusive:  # else there are forwards that nothing can be compared with
         verdict.findings += changed_answers(rounds)
@@ -83,7 +85,7 @@ def _judge_forward(answers: Round) -> Verdict:
     """Judge the numbers, and that all ranks took, and really ran, the claimed path."""
     first = answers[0]
     observations = [answer.observation for answer in answers]
-    verdict = _judge_numbers(observations, first)
+    verdict = judge(observations, first.scenario.truth(), first.contract)
     for rank, answer in enumerate(answers):
         told = [*_untrue_claims(rank, answer, first.contract), *answer.complaints]
         tokens = [len(other.observation.output_TH) for other in answers]
@@ -95,15 +97,6 @@ def _judge_forward(answers: Round) -> Verdict:
             for finding in verdict.findings
         ]
     return verdict
-
-
-def _judge_numbers(observations: Sequence[RankObservation], first: Answer) -> Verdict:
-    """Judge outputs and taps; a layer that returns other shapes than it must is at fault."""
-    try:
-        return judge(observations, first.scenario.truth(), first.contract)
-    except MisshapenError as error:
-        finding = Finding("output", 0, None, None, str(error))
-        return Verdict(first.contract, observations[0].path, [finding], conclusive=False)
 
 
 def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from twinmoe.oracle.admission import admitted
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import RoundingContract, Ties, Wire, storage_contract
 from twinmoe.oracle.contracts import on_device
@@ -146,7 +147,9 @@ def answers_of(context: RankContext, case: Case, name: str) -> RankObservation:
     weights = scenario.weights(mine).to(context.device)
     hidden_TH = scenario.hidden()[context.rank].to(context.device)
     subject = PlainSubject(name, undeclared, scenario, weights, context)
-    return subject.observe(hidden_TH, Call("alltoall", max(case.tokens)))
+    call = Call("alltoall", max(case.tokens))
+    seen, promised = subject.observe(hidden_TH, call), subject.contract(call)
+    return admitted(seen, context.rank, case.tokens, scenario.config, promised)
 
 
 def suggest_contract(

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import faulthandler
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -139,7 +138,7 @@ def _answer(data: bytes, context: Any) -> bytes:
     answer = _attempt(run)
     try:
         return wire.dumps(answer)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except Exception as error:  # a value may be of anyone's making
         text = f"the task's result cannot be sent to the driver: {error}"
         return wire.dumps(Raised(type(error).__qualname__, text, traceback.format_exc()))
 

@@ -19,11 +19,11 @@ from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.golden.content import Figures, Forward, Golden, Recorded, environment
 from twinmoe.oracle.golden.file import GoldenError
 from twinmoe.oracle.golden.norm import Drawn, declared, same_interval
-from twinmoe.oracle.golden.record import rounds_of, shown_tensors
+from twinmoe.oracle.golden.record import shown_tensors
 from twinmoe.oracle.golden.target import NotRun, Question, Resplit, Target, questions
 from twinmoe.oracle.scenario import Change, Scenario
 from twinmoe.oracle.session import Answer
-from twinmoe.oracle.showing import judge_showings
+from twinmoe.oracle.showing import judge_showings, rounds_of
 from twinmoe.oracle.trial import Trial
 from twinmoe.oracle.verdict import Verdict
 

@@ -12,7 +12,7 @@ from twinmoe.oracle.case import Case
 from twinmoe.oracle.golden.content import Figures, Forward, Golden, Recorded, environment
 from twinmoe.oracle.golden.norm import Drawn
 from twinmoe.oracle.session import Answer
-from twinmoe.oracle.showing import Showing, judge_showings
+from twinmoe.oracle.showing import judge_showings, rounds_of
 from twinmoe.oracle.trial import Trial
 from twinmoe.oracle.verdict import Verdict
 from twinmoe.reference.config import ConfigError
@@ -66,12 +66,6 @@ def check_recordable(case: Case) -> None:
             f"relation ({case.relation!r}) asks several layers one question: a golden case is one "
             "layer's answers to its own; leave it out"
         )
-
-
-def rounds_of(showings: Sequence[Showing]) -> list[list[Answer]]:
-    """The answers of all ranks to each forward."""
-    answers = zip(*(showing.answers for showing in showings), strict=True)
-    return [[answer for answer in of_all if answer is not None] for of_all in answers]
 
 
 def shown_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:

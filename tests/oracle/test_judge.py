@@ -171,42 +171,11 @@ def test_loosened_radii_let_a_fault_pass():
     assert judge(observed, truth, contract, loosen=ratio * 1.01).culprit is None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda seen: seen[:3], "3 observations for 4 ranks"),
-        (lambda seen: seen[::-1], r"rank 0 .*\(24, 64\).*expected \(40, 64\)"),
-        (
-            lambda seen: [replace(s, output_TH=s.output_TH[:, :32]) for s in seen],
-            r"rank 0 .*\(40, 32\).*expected \(40, 64\)",
-        ),
-    ],
-)
-def test_shapes_that_do_not_match_are_refused(change, message):
-    """A missing rank or a wrong shape is a mistake of the caller, said with both values."""
+def test_a_missing_rank_is_a_mistake_of_the_caller():
+    """ValueError says both numbers."""
     subject, truth, contract = graphed()
-    with pytest.raises(ValueError, match=message):
-        judge(change(subject.observe()), truth, contract)
-
-
-@pytest.mark.parametrize("tap", ["ids_TK", "routed_TH", "partial"])
-def test_a_tap_of_the_wrong_shape_is_refused(tap):
-    """A tap that does not belong to the batch is a ValueError that names it, not a crash."""
-    subject, truth, contract = graphed()
-    seen = subject.observe()
-    cut = replace(seen[2].taps, **{tap: getattr(seen[2].taps, tap)[:-1]})
-    seen[2] = replace(seen[2], taps=cut)
-    with pytest.raises(ValueError, match=tap.split("_")[0]):
-        judge(seen, truth, contract)
-
-
-def test_an_output_of_another_dtype_is_refused():
-    """fp32 that was never rounded is not a bf16 output, however close."""
-    subject, truth, contract = graphed()
-    seen = subject.observe()
-    seen = [replace(one, output_TH=one.output_TH.float()) for one in seen]
-    with pytest.raises(ValueError, match=r"torch\.float32.*bf16.*return that dtype"):
-        judge(seen, truth, contract)
+    with pytest.raises(ValueError, match="3 observations for 4 ranks"):
+        judge(subject.observe()[:3], truth, contract)
 
 
 def test_a_nan_token_neither_flips_nor_lets_others_flip():
