@@ -197,6 +197,10 @@ class MoELayer(nn.Module):
             slots_TKH, weights_TK = _weigh_input(self.config, hidden_TH, routing.weights_TK)
         dispatched = self.eager_dispatcher.token_dispatch(slots_TKH, routing.ids_TK)
         x_SH, local_expert_S, metadata = dispatched
+        if self.config.router_weight_on_input:
+            self._tap("sent", slots_TKH)
+        self._tap("received_hidden", x_SH)
+        self._tap("received_ids", local_expert_S)
         try:
             y_SH = self.experts.expert_rows(x_SH, local_expert_S)
         except Exception:

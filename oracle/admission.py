@@ -4,7 +4,8 @@ A layer may show anything, and whatever it shows is said of the layer, never of 
 field is held against the sizes of the batch and the dtypes of the contract; one that does not fit
 is left out of what is judged, and becomes a finding.
 
-Legend: T tokens of this rank, H hidden_size, K experts per token, P padded rows of all ranks.
+Legend: T tokens of this rank, H hidden_size, K experts per token, N padded rows of
+this rank, P of all ranks, S rows received.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ from torch import Tensor
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.observation import RankObservation, Taps, Unreadable
 from twinmoe.oracle.rounding import FORMATS
+from twinmoe.oracle.truth import Truth
 from twinmoe.oracle.verdict import Finding
 from twinmoe.reference.config import MoEConfig
 
@@ -34,6 +36,11 @@ class _Expected:
 _EXPECTED = {
     "ids_TK": _Expected("router", "TK", "integers"),
     "weights_TK": _Expected("router", "TK", "numbers"),
+    "routed_ids": _Expected("router", "NK", "integers"),
+    "routed_weights": _Expected("router", "NK", "numbers"),
+    "sent_TKH": _Expected("dispatch", "TKH", "tokens"),
+    "received_hidden": _Expected("dispatch", "SH", "tokens"),
+    "received_ids": _Expected("dispatch", "S", "integers"),
     "gathered_hidden": _Expected("dispatch", "PH", "tokens"),
     "gathered_ids": _Expected("dispatch", "PK", "integers"),
     "gathered_weights": _Expected("dispatch", "PK", "numbers"),
@@ -47,7 +54,9 @@ _AXES = {
     "T": "tokens of the rank",
     "H": "hidden_size",
     "K": "experts per token",
+    "N": "padded rows of the rank",
     "P": "padded rows of all ranks, as many of each",
+    "S": "received rows",
 }
 
 _INTEGERS = tuple(
@@ -72,6 +81,21 @@ def admitted(
     again unchanged.
     """
     return _Door(rank, tokens_by_rank, config, contract).admit(_readable(seen))
+
+
+def all_admitted(
+    observations: Sequence[object], truth: Truth, contract: RoundingContract
+) -> list[RankObservation]:
+    """Every rank's; raises ValueError when one is missing."""
+    counts = truth.tokens_by_rank
+    if len(observations) != len(counts):
+        raise ValueError(
+            f"{len(observations)} observations for {len(counts)} ranks: pass one per rank"
+        )
+    return [
+        admitted(seen, rank, counts, truth.config, contract)
+        for rank, seen in enumerate(observations)
+    ]
 
 
 class _Door:
@@ -129,11 +153,14 @@ class _Door:
 
     def _wrong_shape(self, shape: tuple[int, ...], axes: str) -> str:
         """The shape that is expected instead; empty if it is right."""
+        rows = shape[0] if shape else 0
         sizes = {
             "T": self.counts[self.rank],
             "H": self.config.hidden_size,
             "K": self.config.num_experts_per_tok,
+            "N": max(rows, self.counts[self.rank]),
             "P": self._padded(shape),
+            "S": rows,
         }
         expected = tuple(sizes[axis] for axis in axes)
         if shape == expected:

@@ -3,16 +3,23 @@
 Legend: T tokens of all ranks, in rank order; H hidden_size; K experts per token; R ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twinmoe.oracle.bits import as_bits
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.truth import Truth
+
+
+@dataclass(frozen=True)
+class Received:
+    """What one rank's experts got from an AlltoAll: rows, and local ids of their experts."""
+
+    hidden_SH: Tensor
+    ids_S: Tensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class Evidence:
     """What was seen; None where a rank shows no such tap.
 
     The ``gathered_*`` fields hold, for each rank, what it received of every token; the
-    ``partials_RTH`` each rank's share of every token.
+    ``partials_RTH`` each rank's share of every token.  ``sent_TKH`` are the rows of an AlltoAll
+    where they are not the tokens, ``received`` what each rank got of them.
     """
 
     output_TH: Tensor
@@ -32,6 +40,8 @@ class Evidence:
     gathered_hidden_RTH: Tensor | None
     gathered_ids_RTK: Tensor | None
     gathered_weights_RTK: Tensor | None
+    sent_TKH: Tensor | None
+    received: tuple[Received, ...] | None
 
     @classmethod
     def of(cls, observations: Sequence[RankObservation], truth: Truth) -> "Evidence":
@@ -58,6 +68,8 @@ class Evidence:
             padded("gathered_hidden"),
             padded("gathered_ids"),
             padded("gathered_weights"),
+            own("sent_TKH"),
+            _received(observations),
         )
 
     def of_tokens(self, tokens: Tensor) -> "Evidence":
@@ -70,21 +82,22 @@ class Evidence:
             return tensor[:, tokens] if per_rank else tensor[tokens]
 
         picked: dict[str, Any] = {
-            field.name: pick(field.name, getattr(self, field.name)) for field in fields(self)
+            field.name: pick(field.name, getattr(self, field.name))
+            for field in fields(self)
+            if field.name != "received"  # rows of all tokens, which cannot be told apart
         }
-        return Evidence(**picked)
+        return Evidence(**picked, received=None)
 
-    def wrong_copies(self, hidden_TH: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """(what, receiving rank, mask [T]) of gathered rows whose bits are not those sent."""
-        for what, received, sent in (
-            ("hidden states", self.gathered_hidden_RTH, hidden_TH),
-            ("ids", self.gathered_ids_RTK, self.ids_TK),
-            ("weights", self.gathered_weights_RTK, self.weights_TK),
-        ):
-            if received is None or sent is None:
-                continue
-            for rank, copy in enumerate(received):
-                yield what, rank, (as_bits(copy) != as_bits(sent)).any(dim=-1)
+
+def _received(observations: Sequence[RankObservation]) -> tuple[Received, ...] | None:
+    """Each rank's received rows; None if any rank lacks them."""
+    found = []
+    for seen in observations:
+        hidden_SH, ids_S = seen.taps.received_hidden, seen.taps.received_ids
+        if hidden_SH is None or ids_S is None or len(hidden_SH) != len(ids_S):
+            return None
+        found.append(Received(hidden_SH, ids_S))
+    return tuple(found)
 
 
 def _all(

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from twinmoe.oracle import aggregates
-from twinmoe.oracle.admission import admitted
+from twinmoe.oracle.admission import all_admitted
 from twinmoe.oracle.comparison import Comparison, compare
 from twinmoe.oracle.contract import RoundingContract, Wire
+from twinmoe.oracle.copies import wrong_copies
 from twinmoe.oracle.envelope import Enclosure, Grade, rounded
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
@@ -64,14 +65,7 @@ def judge(
     multiplies every radius: for judging the judge.  A field of a wrong type, shape or dtype is
     a finding, whatever it is.  Raises ValueError when a rank's observation is missing.
     """
-    counts, config = truth.tokens_by_rank, truth.config
-    if len(observations) != len(counts):
-        raise ValueError(
-            f"{len(observations)} observations for {len(counts)} ranks: pass one per rank"
-        )
-    observations = [
-        admitted(seen, rank, counts, config, contract) for rank, seen in enumerate(observations)
-    ]
+    observations = all_admitted(observations, truth, contract)
     verdict = Verdict(contract, observations[0].path, tokens=len(truth.hidden_TH))
     verdict.findings += (finding for seen in observations for finding in seen.misshapen)
     if any(finding.stage == "output" for finding in verdict.findings):  # no rows to judge
@@ -201,15 +195,9 @@ class _Judgement:
         )
 
     def _dispatch(self) -> None:
-        """A gather is a copy: bitwise, on every rank, whatever the transport."""
-        for what, rank, wrong_T in self.evidence.wrong_copies(self.truth.hidden_TH):
-            for token in wrong_T.nonzero().flatten().tolist()[:1]:
-                self._report(
-                    "dispatch",
-                    token,
-                    f"gathered {what} of {self._place(token)} differ from what was sent, as "
-                    f"received by rank {rank} ({int(wrong_T.sum())} of {len(wrong_T)} rows differ)",
-                )
+        """A copy: bitwise, on every rank, whatever the transport."""
+        for wrong in wrong_copies(self.evidence, self.truth):
+            self._report("dispatch", wrong.token, wrong.message)
 
     def _experts(self, anchored: Stages[Enclosure]) -> None:
         outputs = self.evidence.expert_output_TKH

@@ -2,10 +2,11 @@
 
 Taps let the judge name the stage at fault.  A subject without taps is judged by its
 output alone.  All tensors hold the rank's valid rows only, except the ``gathered_*``
-and ``partial`` taps, which hold the padded rows of every rank as the kernels see them.
+and ``partial`` taps, which hold the padded rows of every rank as the kernels see them, and
+``routed_ids`` / ``routed_weights``, which hold those of this rank.
 
 Legend: T tokens of this rank, H hidden_size, K experts per token, N padded rows of one
-rank, R ranks.
+rank, R ranks, S rows received.
 """
 
 from collections import Counter
@@ -23,10 +24,13 @@ PLAIN_PATH = "plain: "
 class Taps:
     """Intermediate tensors of one forward; None where the path has no such tensor.
 
-    ``ids_TK`` / ``weights_TK`` the router's answer; ``gathered_*`` what this rank
-    received from the all-gather, [R*N, ...]; ``expert_output_TKH`` each slot's expert
-    output back at its owner (AlltoAll paths); ``partial`` this rank's share of every
-    row, [R*N, H]; ``routed_TH`` the sum over ranks, before shared expert and rounding.
+    ``ids_TK`` / ``weights_TK`` the router's answer; ``routed_ids`` / ``routed_weights`` the same
+    with its padding rows, [N, K]; ``gathered_*`` what this rank received from the all-gather,
+    [R*N, ...]; ``received_hidden`` [S, H] and ``received_ids`` [S] (ids among this rank's own
+    experts) what it received from an AlltoAll, and ``sent_TKH`` the rows that it sent, where they
+    are not the tokens themselves; ``expert_output_TKH`` each slot's expert output back at its
+    owner (AlltoAll paths); ``partial`` this rank's share of every row, [R*N, H]; ``routed_TH``
+    the sum over ranks, before shared expert and rounding.
     """
 
     ids_TK: Tensor | None = None
@@ -37,6 +41,11 @@ class Taps:
     expert_output_TKH: Tensor | None = None
     partial: Tensor | None = None
     routed_TH: Tensor | None = None
+    routed_ids: Tensor | None = None
+    routed_weights: Tensor | None = None
+    sent_TKH: Tensor | None = None
+    received_hidden: Tensor | None = None
+    received_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,23 @@ RELATION = "padding is contained"
 
 
 def leaks(rank: int, taps: Taps, tokens_by_rank: Sequence[int]) -> Iterator[Finding]:
-    """What ``rank`` saw or wrote in padding rows that must not be there.
+    """What ``rank`` routed, received or wrote in padding rows that must not be there.
 
-    Gathered ids are -1 there, gathered weights and this rank's partial sums 0.
+    Ids are -1 there, weights and this rank's partial sums 0.  The router answers for what it
+    made of its own padding, dispatch for what arrived.
     """
-    for name, stage, content in (
-        ("gathered_ids", "router", -1),
-        ("gathered_weights", "router", 0),
-        ("partial", "experts", 0),
+    own = (tokens_by_rank[rank],)
+    for name, stage, content, counts, done in (
+        ("routed_ids", "router", -1, own, "routed"),
+        ("routed_weights", "router", 0, own, "routed"),
+        ("gathered_ids", "dispatch", -1, tokens_by_rank, "routed"),
+        ("gathered_weights", "dispatch", 0, tokens_by_rank, "routed"),
+        ("partial", "experts", 0, tokens_by_rank, "computed"),
     ):
         tap = getattr(taps, name)
-        if tap is None or len(tap) % len(tokens_by_rank):
+        if tap is None:
             continue
-        padding = tap.cpu()[_padding_rows(len(tap), tokens_by_rank)]
+        padding = tap[_padding_rows(len(tap), counts)]
         wrong = padding != content
         if wrong.any():
             value = padding[wrong][0].item()
@@ -37,13 +41,12 @@ def leaks(rank: int, taps: Taps, tokens_by_rank: Sequence[int]) -> Iterator[Find
                 None,
                 None,
                 f"{name} holds {value:.7g} in a padding row, should be {content}: padding was "
-                f"{'routed' if stage == 'router' else 'computed'} ({int(wrong.sum())} of "
-                f"{wrong.numel()} values)",
+                f"{done} ({int(wrong.sum())} of {wrong.numel()} values)",
                 relation=RELATION,
             )
 
 
 def _padding_rows(rows: int, tokens_by_rank: Sequence[int]) -> Tensor:
-    """Mask [R * N] of the rows that are no token."""
+    """Mask [rows] of the rows that are no token, of as many rows for each rank."""
     row_N = torch.arange(rows // len(tokens_by_rank))
     return torch.cat([row_N >= tokens for tokens in tokens_by_rank])

@@ -23,7 +23,7 @@ from twinmoe.oracle.relations import RELATIONS, Mapped
 from twinmoe.oracle.repeats import changed_answers
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.truth import Truth
-from twinmoe.oracle.verdict import Finding, Verdict, merged
+from twinmoe.oracle.verdict import Finding, Verdict, merged, stage_of_operation
 
 #: All ranks' answers to one forward.
 Round = Sequence[Answer]
@@ -59,8 +59,8 @@ def judge_showings(case: Case, showings: Sequence[Showing]) -> Verdict:
     journals = [showing.journal for showing in showings]
     exchanges = any(len(answers) > 1 and _claims_alltoall(answers[0]) for answers in rounds)
     verdict.findings += (
-        Finding("dispatch", 0, None, None, told, relation="collective contract")
-        for told in (
+        Finding(found.stage, 0, None, None, found.message, relation="collective contract")
+        for found in (
             *collective_mismatches(journals),
             *(missing_exchanges(journals) if exchanges else ()),
         )
@@ -87,9 +87,11 @@ def _judge_forward(answers: Round) -> Verdict:
     observations = [answer.observation for answer in answers]
     verdict = judge(observations, first.scenario.truth(), first.contract)
     for rank, answer in enumerate(answers):
-        told = [*_untrue_claims(rank, answer, first.contract), *answer.complaints]
         tokens = [len(other.observation.output_TH) for other in answers]
-        verdict.findings += (Finding("dispatch", rank, None, None, text) for text in told)
+        verdict.findings += _untrue_claims(rank, answer, first.contract)
+        verdict.findings += (
+            Finding("output", rank, None, None, text) for text in answer.complaints
+        )
         verdict.findings += leaks(rank, answer.observation.taps, tokens)
     if first.act:
         verdict.findings = [
@@ -99,24 +101,32 @@ def _judge_forward(answers: Round) -> Verdict:
     return verdict
 
 
-def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[str]:
+def _untrue_claims(rank: int, answer: Answer, agreed: RoundingContract) -> Iterator[Finding]:
+    """What a rank did not run, or ran besides, of the path that it claims."""
     if answer.contract != agreed:
-        yield (
+        yield Finding(
+            "dispatch",
+            rank,
+            None,
+            None,
             f"rank {rank} runs {answer.contract.name}, rank 0 {agreed.name}: all ranks must take "
-            "the same path"
+            "the same path",
         )
     launched = answer.observation.launches.keys()
-    if missing := sorted(answer.required - launched):
-        yield (
-            f"rank {rank} claims {answer.observation.path!r}, but never launched "
-            f"{', '.join(missing)}"
-        )
     moved = {name for name in launched if name.startswith(("all_gather[", "reduce_scatter["))}
-    if foreign := sorted(moved - answer.required):
-        yield (
-            f"rank {rank} claims {answer.observation.path!r}, but also launched "
-            f"{', '.join(foreign)}"
-        )
+    for said, names in (
+        ("never", answer.required - launched),
+        ("also", moved - answer.required),
+    ):
+        by_stage: dict[str, list[str]] = {}
+        for name in sorted(names):
+            by_stage.setdefault(stage_of_operation(name), []).append(name)
+        for stage, of_stage in by_stage.items():
+            text = (
+                f"rank {rank} claims {answer.observation.path!r}, but {said} launched "
+                f"{', '.join(of_stage)}"
+            )
+            yield Finding(stage, rank, None, None, text)
 
 
 # --- relations --------------------------------------------------------------------------------

@@ -127,18 +127,25 @@ class ReferenceSubject:
         return frozenset()
 
     def observe(self, hidden_TH: Tensor, _call: Call) -> RankObservation:
-        """Run one forward; routing is tapped from the router's own call."""
+        """Run one forward; the router and the experts are tapped at their own calls."""
         taps: dict[str, Tensor] = {}
 
         def keep(_module: object, _inputs: object, routing: object) -> None:
             taps["ids_TK"], taps["weights_TK"] = routing.ids_TK, routing.weights_TK  # type: ignore[attr-defined]
 
-        hook = self._layer.router.register_forward_hook(keep)
+        def receive(_module: object, received: tuple[Tensor, Tensor]) -> None:
+            taps["received_hidden"], taps["received_ids"] = received
+
+        hooks = [
+            self._layer.router.register_forward_hook(keep),
+            self._layer.experts.register_forward_pre_hook(receive),
+        ]
         try:
             with torch.no_grad():
                 output_TH = self._layer(hidden_TH)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return RankObservation(output_TH, Taps(**taps), "reference alltoall")
 
 
@@ -280,6 +287,11 @@ class OptimizedSubject:
             expert_output_TKH=seen.get("expert_output"),
             partial=seen.get("partial"),
             routed_TH=seen["routed"][:tokens],
+            routed_ids=seen["ids"],
+            routed_weights=seen["weights"],
+            sent_TKH=seen.get("sent"),
+            received_hidden=seen.get("received_hidden"),
+            received_ids=seen.get("received_ids"),
         )
 
     def _path(self, run: _Run) -> str:

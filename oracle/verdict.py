@@ -10,6 +10,22 @@ from twinmoe.oracle.contract import RoundingContract
 #: In the order of the data flow: the first one at fault names the culprit.
 STAGES = ("router", "dispatch", "experts", "combine", "output")
 
+#: The stage whose work an operation is, by how its name begins; every other one is dispatch's.
+_OPERATIONS = {
+    "sort_slots": "experts",
+    "expert_": "experts",
+    "combine_slots": "experts",
+    "cutlass_fused_moe": "experts",
+    "reduce_scatter": "combine",
+    "all_reduce": "combine",
+}
+
+
+def stage_of_operation(name: str) -> str:
+    """The stage of the data flow that launches a kernel, or issues a collective, of this name."""
+    found = (stage for begins, stage in _OPERATIONS.items() if name.startswith(begins))
+    return next(found, "dispatch")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -71,9 +87,12 @@ class Verdict:
 
     @property
     def culprit(self) -> Finding | None:
-        """The first finding in the order of the data flow."""
-        ordered = sorted(self.findings, key=lambda finding: STAGES.index(finding.stage))
-        return ordered[0] if ordered else None
+        """The first cause: the earliest stage at fault, by whatever kind of finding.
+
+        Numbers, padding, claims, journals, repeats and relations are all findings of the stage
+        that they accuse; of one stage, the finding that was made first is named.
+        """
+        return min(self.findings, key=lambda one: STAGES.index(one.stage), default=None)
 
     def __str__(self) -> str:
         culprit = self.culprit

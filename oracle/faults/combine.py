@@ -106,6 +106,7 @@ def _sums_narrowly(case: Case) -> bool:
     "vllm-project/vllm#15045, vllm-project/vllm#46643",
     "the terms of a row are added up in the model's dtype, rounding after each",
     stage="experts",
+    stage_by_alltoall="combine",
     when=_sums_narrowly,
 )
 def narrow_sum(seams: Seams) -> None:
@@ -232,6 +233,7 @@ def _weighs_input(case: Case) -> bool:
     "vllm-project/vllm#43694",
     "router weights that went into the input are applied to the output as well",
     stage="experts",
+    stage_by_alltoall="combine",
     when=_weighs_input,
 )
 def weighed_twice(seams: Seams) -> None:

@@ -133,6 +133,7 @@ def stale_counters(seams: Seams) -> None:
     "vllm-project/vllm-gaudi#1796",
     "global expert ids reach experts that count their own from 0: all others are dropped",
     stage="experts",
+    stage_by_alltoall="dispatch",
     when=lambda case: on_several_ranks(case) and leaves_rank_0(case),
 )
 def untranslated_ids(seams: Seams) -> None:
@@ -163,6 +164,7 @@ def _not_last_local(case: Case) -> bool:
     "vllm-project/vllm-xpu-kernels#405",
     "a rank picks its own experts, but indexes its weights by their global ids",
     stage="experts",
+    stage_by_alltoall="dispatch",
     when=lambda case: on_several_ranks(case) and _not_last_local(case),
 )
 def unsubtracted_start(seams: Seams) -> None:
@@ -201,7 +203,7 @@ def wrapped_padding_id(seams: Seams) -> None:
     "DP09",
     "sgl-project/sglang#24850",
     "received slots that nobody filled keep whatever expert ids the buffer held",
-    stage="router",
+    stage="dispatch",
     when=has_padding,
 )
 def unfilled_slots(seams: Seams) -> None:

@@ -17,7 +17,8 @@ class Fault:
     ``id`` is its row in the catalogue, empty for a fault that no public report is quoted
     for; ``source`` the public issues or pull requests; ``what`` goes wrong, in a sentence.
     ``stage`` is the stage of the data flow that the verdict should name, empty where a
-    process fails instead.  ``reaches`` says whether a case can make the fault matter.
+    process fails instead; ``stage_by_alltoall`` that on the AlltoAll path, where it is another
+    one.  ``reaches`` says whether a case can make the fault matter.
     ``changes_output`` is False where only a state, a log or a resource shows it.
     """
 
@@ -29,6 +30,11 @@ class Fault:
     reaches: Reaches
     plant: Plant
     changes_output: bool
+    stage_by_alltoall: str = ""
+
+    def stage_on(self, case: Case) -> str:
+        """The stage that the verdict on ``case`` should name."""
+        return case.transport == "alltoall" and self.stage_by_alltoall or self.stage
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}" if self.id else self.name
@@ -46,12 +52,15 @@ def fault(
     stage: str,
     when: Reaches,
     changes_output: bool = True,
+    stage_by_alltoall: str = "",
 ) -> Callable[[Plant], Fault]:
     """Enter the decorated function, which plants the fault at its seams, under its own name."""
 
     def enter(plant: Plant) -> Fault:
         name = plant.__name__
-        entered = Fault(name, id, source, what, stage, when, plant, changes_output)
+        entered = Fault(
+            name, id, source, what, stage, when, plant, changes_output, stage_by_alltoall
+        )
         if name in FAULTS or (id and any(other.id == id for other in FAULTS.values())):
             raise ValueError(f"fault {entered} is entered twice: names and ids are unique")
         FAULTS[name] = entered

@@ -112,7 +112,7 @@ def _second_combine(case: Case) -> bool:
     "LC07",
     "vllm-project/vllm#48720",
     "now and then one rank leaves out a collective, and is one ahead of the others",
-    stage="",
+    stage="combine",
     when=_second_combine,
 )
 def one_ahead(seams: Seams) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -209,6 +209,7 @@ def observations(draw: st.DrawFn, seen: RankObservation) -> RankObservation:
 
 
 @pytest.mark.parametrize("kind", ["graphed", "plain"])
+@settings(max_examples=max(1, settings().max_examples // 2))
 @given(data=st.data())
 def test_whatever_is_shown_gets_a_verdict(kind: str, data: st.DataObject) -> None:
     """Nothing is raised; nothing misshapen is called equivalent; the verdict can be printed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from twinmoe.oracle import killswitch, showing
+from twinmoe.oracle import judge, killswitch, showing
 from twinmoe.oracle.breadcrumbs import Issued
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contracts import reference_contract
@@ -215,7 +215,13 @@ def test_a_changed_answer_that_does_not_map_back_is_a_finding(
 ) -> None:
     """By the relation itself, where no truth is asked."""
     case = Case.parse(f"T=4/1,{SIZES},relation={relation}")
-    monkeypatch.setattr(showing, "_judge_numbers", lambda _, first: Verdict(first.contract, ""))
+    monkeypatch.setattr(
+        showing,
+        "judge",
+        lambda seen, truth, contract: (
+            Verdict(contract, "") if seen[0].path else judge(seen, truth, contract)
+        ),
+    )
 
     def forge(_rank: int, shown: Showing) -> Showing:
         place = max(i for i, answer in enumerate(shown.answers) if answer is not None)

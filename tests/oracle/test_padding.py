@@ -30,8 +30,8 @@ def test_clean_padding_passes() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "stage"),
     [
-        ("gathered_ids", 3, "router"),
-        ("gathered_weights", 0.5, "router"),
+        ("gathered_ids", 3, "dispatch"),
+        ("gathered_weights", 0.5, "dispatch"),
         ("partial", 1e-30, "experts"),
         ("partial", float("nan"), "experts"),
     ],
@@ -44,3 +44,18 @@ def test_a_leak_is_told_with_value_and_stage(name: str, value: float, stage: str
     assert (finding.stage, finding.rank) == (stage, 1)
     assert name in finding.message
     assert f"(1 of {4 * tap.shape[1]} values)" in finding.message
+
+
+@pytest.mark.parametrize(("name", "value"), [("routed_ids", 0), ("routed_weights", 0.25)])
+def test_a_router_answers_for_its_own_padding_rows(name: str, value: float) -> None:
+    """What a rank's router makes of its padding is the router's, before it is sent."""
+    clean = taps()
+    assert clean.gathered_ids is not None
+    assert clean.gathered_weights is not None
+    own = {"routed_ids": clean.gathered_ids[:3], "routed_weights": clean.gathered_weights[:3]}
+    assert not list(leaks(0, taps(**own), TOKENS))
+    own[name] = own[name].clone()
+    own[name][2, 0] = value
+    (finding,) = leaks(0, taps(**own), TOKENS)
+    assert finding.stage == "router"
+    assert name in finding.message

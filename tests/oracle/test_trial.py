@@ -141,10 +141,10 @@ def test_a_claim_without_launches_is_refused(trial: Trial) -> None:
 
     culprit = judged(trial, forge).culprit
     assert culprit is not None
-    assert (culprit.stage, culprit.rank) == ("dispatch", 1)
+    assert (culprit.stage, culprit.rank) == ("experts", 1)
     assert "rank 1 claims 'graphed: p2p" in culprit.message
     assert "never launched" in culprit.message
-    assert "reduce_scatter[p2p]" in culprit.message
+    assert "sort_slots" in culprit.message
 
 
 def test_another_transport_than_the_claimed_one_is_refused(trial: Trial) -> None:
