@@ -34,7 +34,7 @@ class Fault:
 
     def stage_on(self, case: Case) -> str:
         """The stage that the verdict on ``case`` should name."""
-        return case.transport == "alltoall" and self.stage_by_alltoall or self.stage
+        return (case.transport == "alltoall" and self.stage_by_alltoall) or self.stage
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}" if self.id else self.name
