@@ -153,7 +153,7 @@ def _require_health(case: Case, trial: Trial) -> None:
 
 def _seen_by_assert_close(fault: Fault, stream: Sequence[Case], trial: Trial) -> bool | None:
     """Whether one plain forward beside the readable twin's would have been enough."""
-    plain = (replace(case, history="", relation="", mode="eager") for case in stream)
+    plain = (replace(case, history="", relation="", mode="eager", batches=()) for case in stream)
     case = next((case for case in plain if fault.reaches(case)), None)
     if case is None:
         return None

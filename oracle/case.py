@@ -69,6 +69,8 @@ class Case:
     ``history`` is a program of steps around the judged forwards
     (:mod:`twinmoe.oracle.history`), ``relation`` names a change of layer or batch whose
     effect is known (:mod:`twinmoe.oracle.relations`); ``fault`` names a planted fault.
+    ``batches`` are sizes of the history's batches 1, 2, ...: tokens on the rank that has most
+    (:func:`twinmoe.oracle.inputs.tokens_at`).
     """
 
     config: MoEConfig
@@ -87,6 +89,7 @@ class Case:
     history: str = ""
     relation: str = ""
     fault: str = ""
+    batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for axis, legal in _AXES.items():
@@ -97,6 +100,11 @@ class Case:
             raise CaseError(
                 f"T ({self.tokens}) must give a count of at least 0 for every rank: write T=3/0/5 "
                 "for three ranks"
+            )
+        if self.batches and min(self.batches) < 1:
+            raise CaseError(
+                f"batches ({self.batches}) must be counts of at least 1: write batches=63/65 for "
+                "batch 1 of 63 tokens on its fullest rank and batch 2 of 65"
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise CaseError(
@@ -124,6 +132,11 @@ class Case:
         return parse(self.history or ("f1.f0" if self.mode == "replayed" else "f0"))
 
     @property
+    def last_batch(self) -> int:
+        """The highest number of a batch that a forward takes."""
+        return max(step.number for step in self.steps() if step.is_forward)
+
+    @property
     def ep_size(self) -> int:
         """Number of ranks."""
         return len(self.tokens)
@@ -140,7 +153,7 @@ class Case:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("config", "tokens") and value != field.default:
-                parts.append(f"{field.name}={value}")
+                parts.append(f"{field.name}={_show(value)}")
         return ",".join(parts)
 
     @classmethod
@@ -164,7 +177,9 @@ class Case:
                 raise CaseError(f"{key!r} is given twice: a key has one value; drop one of them")
             seen.add(name)
             if key == "T":
-                own["tokens"] = _counts(text)
+                own["tokens"] = _counts(key, text)
+            elif key == "batches":
+                own["batches"] = _counts(key, text)
             elif name in names:
                 own[name] = _number(key, text, int) if name == "seed" else text
             elif name in config_names:
@@ -182,11 +197,13 @@ class Case:
 def _show(value: Any) -> str:
     if value in DTYPES.values():
         return dtype_name(value)
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_number("T", count, int) for count in text.split("/"))
+def _counts(key: str, text: str) -> tuple[int, ...]:
+    return tuple(_number(key, count, int) for count in text.split("/"))
 
 
 def _number(key: str, text: str, kind: type[int] | type[float]) -> Any:

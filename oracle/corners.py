@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.counts import EDGES, NARROW
 from twinmoe.oracle.history import HISTORIES
 from twinmoe.oracle.strategies import Cell
 from twinmoe.reference.config import MoEConfig
@@ -36,6 +37,23 @@ def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) 
     )
 
 
+def _sweep(cell: Cell, counts: tuple[int, ...], **changes: object) -> Case:
+    """One batch of each count on a narrow layer, each on one rank, another one with each batch.
+
+    Of R ranks each takes its part of a batch's cost, so they get one of R counts.
+    """
+    counts = counts[:: cell.ep_size]
+    settings: dict[str, object] = {
+        "hidden_size": NARROW[0],
+        "moe_intermediate_size": NARROW[0],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "history": ".".join(f"f{number}" for number in range(len(counts))),
+        "batches": counts[1:],
+    }
+    return _case(cell, (counts[0],) + (0,) * (cell.ep_size - 1), **(settings | changes))
+
+
 Corner = Callable[[Cell], Case]
 
 #: Each kind of trouble that must be in every check, by name.
@@ -45,10 +63,15 @@ CORNERS: dict[str, Corner] = {
     ),
     "no tokens at all": lambda c: _case(c, (0,) * c.ep_size),
     "one token": lambda c: _case(c, (1,) + (0,) * (c.ep_size - 1)),
-    # More rows than kernels take at once, at sizes that cost little; fewer where ranks add theirs.
-    "rows beyond a tile": lambda c: _case(
-        c, (130, 65, 0, 3, 0, 0, 1, 2)[: c.ep_size], hidden_size=24, moe_intermediate_size=16
+    # Every count is of one rank's rows, of gathered rows and of what the experts get.
+    "counts beside tiles, to one expert": lambda c: _sweep(
+        c, EDGES[:9], num_experts_per_tok=1, routing="one_expert", backend="triton"
     ),
+    "large counts, to one expert": lambda c: _sweep(
+        c, EDGES[9:], num_experts_per_tok=1, routing="one_expert"
+    ),
+    "counts spread over the experts": lambda c: _sweep(c, (18, 32, 63, 65, 100, 129, 200, 513)),
+    "counts, to one rank": lambda c: _sweep(c, (33, 64, 127, 257), routing="one_rank"),
     "all tokens on one rank": lambda c: _case(
         c, (9,) + (0,) * (c.ep_size - 1), shared_expert_intermediate_size=24
     ),

@@ -55,7 +55,8 @@ _ROWS = 8
 def telling(case: Case) -> Case:
     """A case of the same layer in which explanations differ: more tokens, ordinary values."""
     tokens = tuple(max(count, _ROWS) for count in case.tokens)
-    return replace(case, tokens=tokens, values="normal", routing="free", history="", relation="")
+    alone = replace(case, history="", relation="", batches=())
+    return replace(alone, tokens=tokens, values="normal", routing="free")
 
 
 def diagnosis_of(*shown: Sequence[Showing]) -> list[str]:

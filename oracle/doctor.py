@@ -17,6 +17,7 @@ from twinmoe.optimized.triton_runtime import INTERPRETED, environment_for, kerne
 from twinmoe.oracle import torchrun
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.faults import patch_named, require_fault
+from twinmoe.oracle.inputs import largest_batch
 from twinmoe.oracle.relations import require_relation
 from twinmoe.oracle.subject import BUCKETS
 from twinmoe.reference.config import ConfigError, MoEConfig, dtype_name
@@ -53,10 +54,15 @@ def require_case(case: Case, device: str) -> None:
             f"router_dtype ({dtype_name(case.config.router_dtype)}) has no router kernel: they "
             "score in fp32; leave it out"
         )
-    if max(case.tokens) > BUCKETS[-1]:
+    if largest_batch(case) > BUCKETS[-1]:
         raise ConfigError(
-            f"T ({max(case.tokens)}) exceeds the largest graph bucket ({BUCKETS[-1]}): no graph "
+            f"T ({largest_batch(case)}) exceeds the largest graph bucket ({BUCKETS[-1]}): no graph "
             f"holds that many rows; use at most {BUCKETS[-1]} on each rank"
+        )
+    if len(case.batches) > case.last_batch:
+        raise ConfigError(
+            f"batches ({len(case.batches)} sizes) speaks of batches that no forward takes: the "
+            f"last is batch {case.last_batch}; write a history with them, or drop the sizes"
         )
     require_fault(case.fault)
     require_relation(case)

@@ -54,15 +54,25 @@ def tokens_at(case: Case, step: int) -> tuple[int, ...]:
 
     Other batches give every rank another rank's count, within the same bucket; a single
     rank gets half.  Every other one of them is half as large, in a smaller bucket; where
-    batches alternate, a single rank's odd ones stay as large.
+    batches alternate, a single rank's odd ones stay as large.  A batch whose size the case gives
+    has that many tokens on its fullest rank, the others in proportion.
     """
     if step == 0:
         return case.tokens
     shift = step % case.ep_size
     counts = case.tokens[shift:] + case.tokens[:shift]
+    if step <= len(case.batches):
+        most = max(1, *counts)
+        return tuple(-(-count * case.batches[step - 1] // most) for count in counts)
     alone = case.ep_size == 1 and case.routing != "alternating"
     halved = alone or step % 2 == 0
     return tuple((count + 1) // 2 for count in counts) if halved else counts
+
+
+def largest_batch(case: Case) -> int:
+    """The most tokens that a rank has in any forward of the case's history."""
+    steps = {step.number for step in case.steps() if step.is_forward}
+    return max(max(tokens_at(case, step)) for step in {0, *steps})
 
 
 def hidden_for(case: Case, rank: int, step: int = 0) -> Tensor:

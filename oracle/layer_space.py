@@ -87,6 +87,7 @@ def fitted(case: Case, narrow: Narrow) -> Case:
         history=_played(case.history),
         relation="",
     )
+    plain = replace(plain, batches=plain.batches[: plain.last_batch])
     if not case.relation:
         return plain
     relation = RELATIONS[case.relation]

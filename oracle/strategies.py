@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from twinmoe.optimized.experts import backend_report
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.counts import crowded, sized
 from twinmoe.oracle.magnitudes import MAGNITUDES
 from twinmoe.oracle.stories import told
 from twinmoe.reference.config import MoEConfig, dtype_name
@@ -144,7 +145,9 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         padding=draw(st.sampled_from(("nan", "stale"))),
         seed=draw(st.integers(0, 2**20)),
     )
-    return draw(told(plain))
+    if model is None:
+        plain = draw(crowded(plain))
+    return draw(sized(draw(told(plain))))
 
 
 def _regular(config: MoEConfig) -> MoEConfig:

@@ -20,6 +20,7 @@ from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import eager_contract, graphed_contract, reference_contract
+from twinmoe.oracle.inputs import largest_batch
 from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.worker import RankContext
@@ -27,7 +28,7 @@ from twinmoe.reference import layer as reference_layer
 from twinmoe.reference.weights import MoEWeights
 
 #: Row counts per rank for which graphs are captured.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 #: What each expert backend launches on the graphed path.
 _KERNELS = {
@@ -164,7 +165,7 @@ class OptimizedSubject:
     def __init__(self, scenario: Scenario, weights: MoEWeights, context: RankContext) -> None:
         self.case, self.config, self.weights = scenario.case, scenario.config, weights
         hidden_by_rank = scenario.hidden()
-        largest = bucket_for(max(map(len, hidden_by_rank)))
+        largest = bucket_for(max(largest_batch(scenario.case), *map(len, hidden_by_rank)))
         self._wire = torch.float32 if self.case.wire == "fp32" else self.config.dtype
         group = context.group if len(hidden_by_rank) > 1 else None
         self.layer = MoELayer(self.config, weights, group, self.options(largest))

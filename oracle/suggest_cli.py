@@ -62,7 +62,7 @@ def suggest(
 def _cases(name: PlainName, ep_size: int, draws: int, dtype: str, seed: int) -> list[Case]:
     """Dense cases; a relation or history would ask for more than a contract."""
     drawn = calibration_cases(ep_size, ("alltoall",), DTYPES[dtype], draws, seed)[:draws]
-    return [name.fit(replace(case, history="", relation="")) for case in drawn]
+    return [name.fit(replace(case, history="", relation="", batches=())) for case in drawn]
 
 
 def fit_table(suggestion: Suggestion) -> Table:

@@ -42,7 +42,7 @@ def drawn_cases(
         cell = cells[number * stride % len(cells)]
         pairs = st.tuples(cases(cell, model, device), token_counts(ep_size))
         case, tokens = _second(pairs, f"golden {draw_seed}/{number}")
-        drawn.append(replace(case, tokens=tokens, history="", relation=""))
+        drawn.append(replace(case, tokens=tokens, history="", relation="", batches=()))
     return drawn
 
 

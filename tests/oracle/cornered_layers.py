@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -45,6 +46,9 @@ def _lost_after(rows: int) -> Spoil:
 sixty_four_rows = _spoilt(_lost_after(64))
 a_hundred_rows = _spoilt(_lost_after(100))
 one_row_wrong = _spoilt(lambda out_TH, _: out_TH * 2 if len(out_TH) == 1 else out_TH)
+wrong_from_18_to_129 = _spoilt(lambda out_TH, _: out_TH * (1 + (18 <= len(out_TH) <= 129)))
+wrong_from_256 = _spoilt(lambda out_TH, _: out_TH * (1 + (len(out_TH) >= 256)))
+wrong_at_63 = _spoilt(lambda out_TH, _: out_TH * (1 + (len(out_TH) == 63)))
 leaky = _spoilt(lambda out_TH, hidden_TH: out_TH + (0 * hidden_TH.sum()))
 
 
@@ -74,6 +78,22 @@ def _eight_at_most(top: Tensor) -> Tensor:
     return weights * (torch.arange(top.shape[1]) < 8)
 
 
+def _within(capacity: Callable[[range, Tensor], int]) -> Callable[[range, Tensor], list[Tensor]]:
+    """Where each expert was chosen, but for rows beyond its capacity."""
+
+    def mine(own: range, ids: Tensor) -> list[Tensor]:
+        masks = [ids == expert for expert in own]
+        places = [mask.flatten().cumsum(0).view_as(mask) for mask in masks]
+        most = capacity(own, ids)
+        return [mask & (place <= most) for mask, place in zip(masks, places, strict=True)]
+
+    return mine
+
+
+capacity_64 = factory_of(Parts(mine=_within(lambda own, ids: 64)))
+capacity_of_factor_2 = factory_of(
+    Parts(mine=_within(lambda own, ids: max(8, math.ceil(2 * ids.numel() / len(own)))))
+)
 byte_ids = factory_of(Parts(mine=lambda own, ids: [ids.to(torch.uint8) == e for e in own]))
 eight_experts = factory_of(Parts(weigh=_eight_at_most))
 bare_softmax = factory_of(Parts(score=lambda z: z.exp() / z.exp().sum(dim=-1, keepdim=True)))

@@ -70,6 +70,8 @@ def test_spaces_around_parts_do_not_matter() -> None:
         ("H=16,I=16,E=4,k=2", "'H=16,I=16,E=4,k=2'", "no tokens", "add T="),
         ("", "''", "no tokens", "add T="),
         ("T=3/-1,H=16,I=16,E=4,k=2", "(3, -1)", "at least 0", "write T="),
+        (f"{LINE},batches=0", "(0,)", "at least 1", "write batches="),
+        (f"{LINE},batches=x", "batches='x'", "not int", "write a number"),
         (f"{LINE},seed=-1", "seed (-1)", "derives its own seed", "0 .. "),
         (f"{LINE},seed={MAX_SEED + 1}", f"({MAX_SEED + 1})", "derives its own seed", "0 .. "),
         (f"{LINE},transport=tcp", "transport ('tcp')", "unknown", "use one of p2p"),

@@ -12,8 +12,13 @@ from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
 
 FOUND_BY = {
-    "sixty_four_rows": "rows beyond a tile",
-    "a_hundred_rows": "rows beyond a tile",
+    "sixty_four_rows": "counts spread over the experts",
+    "a_hundred_rows": "counts, to one rank",
+    "wrong_from_18_to_129": "counts spread over the experts",
+    "wrong_from_256": "counts, to one rank",
+    "wrong_at_63": "counts beside tiles, to one expert",
+    "capacity_64": "counts beside tiles, to one expert",
+    "capacity_of_factor_2": "counts beside tiles, to one expert",
     "one_row_wrong": "one token",
     "leaky": "a poisoned token",
     "tired": "history: many calls",

@@ -14,7 +14,7 @@ from tests.oracle.digests import of_case
 from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.case import BIASES, MODES, TRANSPORTS, VALUES, Case
 from twinmoe.oracle.check import plan_cells
-from twinmoe.oracle.inputs import hidden_for, tokens_at, weights_for
+from twinmoe.oracle.inputs import hidden_for, largest_batch, tokens_at, weights_for
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES, cases
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
@@ -210,6 +210,7 @@ def test_value_kinds_are_what_they_are_called() -> None:
 @given(any_case, st.integers(0, 3))
 def test_history_keeps_the_bucket_and_moves_the_counts(case: Case, step: int) -> None:
     """Other batches have the judged one's counts on other ranks, every second one halved."""
+    case = replace(case, batches=())
     counts = tokens_at(case, step)
     alone = case.ep_size == 1 and case.routing != "alternating"
     if step and (alone or step % 2 == 0):
@@ -225,6 +226,16 @@ def test_history_keeps_the_bucket_and_moves_the_counts(case: Case, step: int) ->
 def test_history_gives_a_rank_another_ranks_count() -> None:
     """One batch ago, each rank had its right neighbour's count."""
     assert tokens_at(case_of((3, 0, 5)), 1) == (0, 5, 3)
+
+
+def test_a_batch_whose_size_is_given_keeps_the_pattern_of_the_ranks() -> None:
+    """The fullest rank has as many tokens as the case says; empty ranks stay empty, in turn."""
+    case = replace(case_of((4, 0, 1)), history="f0.f1.f2.f3", batches=(63, 8))
+    assert [tokens_at(case, step) for step in range(3)] == [(4, 0, 1), (0, 16, 63), (2, 8, 0)]
+    assert tokens_at(case, 3) == tokens_at(replace(case, batches=()), 3)
+    assert largest_batch(case) == 63
+    assert Case.parse(str(case)) == case
+    assert str(case).endswith("history=f0.f1.f2.f3,batches=63/8")
 
 
 def test_silent_tokens_have_vanishing_scores() -> None:
