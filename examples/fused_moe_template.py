@@ -64,13 +64,18 @@ class FusedLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, weights: MoEWeights, place: RankContext) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.weights = place, weights
         self.router = TopKRouter(config, weights)  # or the engine's own
         self.w13_LFH, self.w2_LHI = engine_layout(weights.w13_LFH), weights.w2_LHI
         self.first_expert = weights.experts.start
         stored = storage_contract("fused", config.dtype)
         # each rank's share travels in fp32, and the all-reduce adds in an order of its own
         self.contract = replace(stored, partial=FP32, wire=Wire.PER_HOP, reduced=FP32)
+
+    def reload(self, weights: MoEWeights) -> None:
+        """Overwrite the weights in place, and make again what derives from them; optional."""
+        self.weights.copy_(weights)
+        self.w13_LFH.copy_(engine_layout(weights.w13_LFH))
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Taps]:
         """[T, H] to [T, H], and the router's answer."""

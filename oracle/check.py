@@ -107,7 +107,7 @@ class CellResult:
 
     ``planted`` counts the cases that the plan's fault could reach, ``answered`` those in which
     no worker failed, ``undecided`` those of anyone's layer that near ties leave open, because it
-    shows no expert ids.
+    shows no expert ids.  ``left_out`` counts histories that asked what a layer does not offer.
     """
 
     cell: Cell
@@ -125,6 +125,7 @@ class CellResult:
     judge_seconds: float = 0.0
     answered: int = 0
     ran: Counter[tuple[str, str]] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     configs: set[MoEConfig] = field(default_factory=set)
     failure: Outcome | None = None
     first_failure: Outcome | None = None
@@ -146,6 +147,7 @@ class CellResult:
         self.answered += 1
         self.seconds += outcome.run_seconds + outcome.judge_seconds
         self.judge_seconds += outcome.judge_seconds
+        self.left_out.update(outcome.left_out)
         self.ran[_what_ran(list(outcome.paths.values())[-1])] += 1
         for verdict in outcome.verdicts.values():
             self.worst_ratio = max(self.worst_ratio, verdict.worst_ratio)
@@ -312,6 +314,11 @@ class Summary:
     def undecided(self) -> int:
         """Cases of anyone's layer that near ties left open."""
         return sum(result.undecided for result in self.results)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Histories that asked what anyone's layer does not offer, by its name."""
+        return sum((result.left_out for result in self.results), Counter())
 
     @property
     def configs(self) -> set[MoEConfig]:

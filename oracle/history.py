@@ -15,6 +15,7 @@ KINDS = {
     "f": "forward of batch n on the case's own path and mode",
     "g": "forward of batch n on the graphed path, without a graph",
     "a": "forward of batch n on the AlltoAll path",
+    "c": "forward of batch n by replay of a graph, whatever the case's mode",
     "o": "forward of batch n through another layer, of other shapes, on the same pool",
     "k": "kill switch: 1 on, 0 off",
     "w": "reload version n of the weights in place",
@@ -24,7 +25,7 @@ KINDS = {
     "d": "let rank n start each operation of the next forward late",
     "n": "release all symmetric memory, then build the layers anew",
 }
-FORWARDS = "fgao"
+FORWARDS = "fgaco"
 
 #: Programs for the classic troubles of state, by name.
 HISTORIES = {
@@ -33,14 +34,14 @@ HISTORIES = {
     "many calls": "f0.f1.f2.f1.f0.f2.f1.f0.f2.f1.f2.f0",
     "kill switch": "f0.k1.f0.k0.f0",
     "switched before the first capture": "k1.f0.k0.f0",
-    "reload": "f0.w1.f0.w0.f0",
+    "reload": "f0.c0.w1.f0.c0.w0.f0",
     "load twice": "f0.w1.w1.f0",
     "checkpoint": "l0.f0.l1.f0.l0.f0",
     "two layers": "f0.o0.f0.o1.f1",
     "poisoned memory": "p.f0.p.f0.f1",
     "padding content": "f0.x1.f0.x2.f0.x3.f0",
     "late ranks": "f0.d0.f0.d1.f0.f1.d1.f0",
-    "swap": "a0.g0.f0.a0.f0",
+    "swap": "a0.g0.f0.c1.c0.a0.f0",
     "re-created group": "f0.n.f0",
 }
 

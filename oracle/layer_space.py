@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.relations import RELATIONS
+from twinmoe.oracle.session import other_shape
 from twinmoe.reference.config import MoEConfig
 
 Narrow = Callable[[MoEConfig], MoEConfig]
@@ -32,8 +33,9 @@ SEMANTICS = tuple(
     field.name for field in fields(MoEConfig) if field.name not in (*SIZES, *_CONSTANT)
 )
 
-#: Steps of a history that ask nothing of a layer but forwards.
-_STEPS = "fdn"
+#: Steps of a history that anyone's layer can be asked, or its judge in its place; the others
+#: choose between this project's own paths, and fill padding that is theirs.
+_STEPS = "fcdnkwlp"
 
 _ATTRIBUTE = "__twinmoe_narrow__"
 
@@ -71,10 +73,12 @@ def narrow_of(factory: Callable[..., object]) -> Narrow:
 def fitted(case: Case, narrow: Narrow) -> Case:
     """``case`` as one that a plain layer of ``narrow`` can be asked: its only path, its settings.
 
-    Of a history the forwards, late ranks and new starts are left; a relation stays if the
-    changed layers are of that space too.
+    Of a history, steps that choose between our own paths or fill their padding are dropped, and
+    another layer beside this one is, where it is not of that space; a relation stays if the
+    changed layers are of it too.
     """
     config = narrow(case.config)
+    other = other_shape(replace(case, config=config))
     plain = replace(
         case,
         config=config,
@@ -84,7 +88,7 @@ def fitted(case: Case, narrow: Narrow) -> Case:
         wire="fp32",
         bias=case.bias if config.use_correction_bias and case.bias != "nan" else "mixed",
         padding="stale",
-        history=_played(case.history),
+        history=_played(case.history, beside=narrow(other.config) == other.config),
         relation="",
     )
     plain = replace(plain, batches=plain.batches[: plain.last_batch])
@@ -97,8 +101,9 @@ def fitted(case: Case, narrow: Narrow) -> Case:
     return replace(plain, relation=case.relation) if all(narrow(c) == c for c in changed) else plain
 
 
-def _played(history: str) -> str:
-    words = [word for word in history.split(".") if word and word[0] in _STEPS]
+def _played(history: str, beside: bool) -> str:
+    kinds = _STEPS + "o" * beside
+    words = [word for word in history.split(".") if word and word[0] in kinds]
     return ".".join(words) if len(words) > 1 else ""
 
 

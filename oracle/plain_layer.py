@@ -6,7 +6,7 @@ Legend: T tokens of this rank, H hidden_size.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import on_device
 from twinmoe.oracle.observation import PLAIN_PATH, RankObservation, Taps
+from twinmoe.oracle.plain_state import PlainState
 from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.scenario import Scenario
 from twinmoe.oracle.subject import Call
@@ -63,7 +64,7 @@ class PlainLayer:
 class PlainSubject:
     """A layer of anyone's behind the protocol of :class:`twinmoe.oracle.subject.Subject`.
 
-    Without :class:`~twinmoe.oracle.subject.Changeable`: the judge knows nothing of its state.
+    Its state is changed as far as it offers that (:mod:`twinmoe.oracle.offers`).
     """
 
     def __init__(
@@ -81,8 +82,34 @@ class PlainSubject:
         self._dtype, self._device_type = scenario.config.dtype, context.device.type
         #: Every answer as it was returned, and its bits then.
         self._answers: list[tuple[Tensor, Tensor]] = []
-        self._layer = factory(scenario.config, weights, place)
-        require_layer(name, self._layer)
+
+        def make() -> object:
+            layer = factory(scenario.config, weights, place)
+            require_layer(name, layer)
+            return layer
+
+        self._state = PlainState(make, weights)
+
+    @property
+    def _layer(self) -> JudgedLayer:
+        return cast(JudgedLayer, self._state.layer)  # as require_layer found it
+
+    @property
+    def left_out(self) -> set[str]:
+        """What histories asked of the layer in vain."""
+        return self._state.left_out
+
+    def reload(self, weights: MoEWeights) -> None:
+        """See :class:`twinmoe.oracle.subject.Changeable`."""
+        self._state.reload(weights)
+
+    def set_kill_switch(self, disabled: bool) -> None:
+        """See :class:`twinmoe.oracle.subject.Changeable`."""
+        self._state.set_kill_switch(disabled)
+
+    def poison(self) -> None:
+        """See :class:`twinmoe.oracle.subject.Changeable`."""
+        self._state.poison()
 
     def contract(self, _call: Call) -> RoundingContract:
         """The layer's own, as this device computes; whatever the call, there is one path."""
@@ -92,37 +119,43 @@ class PlainSubject:
         """No launch of ours."""
         return frozenset()
 
-    def observe(self, hidden_TH: Tensor, _call: Call) -> RankObservation:
+    def observe(self, hidden_TH: Tensor, call: Call) -> RankObservation:
         """Run one forward; raises LayerError for an answer that is none."""
-        with torch.no_grad():
-            answer: object = self._layer.forward(hidden_TH)
-        match answer:
-            case Tensor() as output_TH:
-                taps = Taps()
-            case (Tensor() as output_TH, Taps() as taps):
-                pass
-            case _:
-                parts = answer if isinstance(answer, tuple) else (answer,)
-                raise self._error(
-                    f"returned {', '.join(type(part).__name__ for part in parts)}: the judge "
-                    "compares rows; return a tensor [tokens, hidden_size], or that and Taps"
-                )
+        graph = self._state.graph(self._answer, hidden_TH, call)
+        output_TH, taps = graph.replay(hidden_TH) if graph else self._answer(hidden_TH)
         self._check(output_TH, hidden_TH, taps)
         path = f"{PLAIN_PATH}{self._name.rpartition('/')[2]}, own experts"
         kept_TH = output_TH.clone()
         self._answers.append((output_TH, kept_TH))
         return RankObservation(kept_TH, taps, path)
 
+    def _answer(self, hidden_TH: Tensor) -> tuple[Tensor, Taps]:
+        with torch.no_grad():
+            answer: object = self._layer.forward(hidden_TH)
+        match answer:
+            case Tensor() as output_TH:
+                return output_TH, Taps()
+            case (Tensor() as output_TH, Taps() as taps):
+                return output_TH, taps
+            case _:
+                parts = answer if isinstance(answer, tuple) else (answer,)
+                raise self._error(
+                    f"returned {', '.join(type(part).__name__ for part in parts)}: the judge "
+                    "compares rows; return a tensor [tokens, hidden_size], or that and Taps"
+                )
+
     def complaints(self) -> list[str]:
         """See :class:`twinmoe.oracle.subject.Guarded`: an answer stays what it was."""
+        complaints = self._state.complaints()
         same = [same_bits(*answer) for answer in self._answers]
         if all(same):
-            return []
+            return complaints
         number = same.index(False) + 1
         self._answers.clear()
         return [
+            *complaints,
             f"the forward overwrote what forward {number} of this layer had returned: who kept it "
-            "finds other numbers there; return a copy, or what later calls leave alone"
+            "finds other numbers there; return a copy, or what later calls leave alone",
         ]
 
     def _check(self, output_TH: Tensor, hidden_TH: Tensor, taps: Taps) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from twinmoe.oracle.bits import as_bits, same_bits
 from twinmoe.oracle.digits import apart
-from twinmoe.oracle.observation import RankObservation
+from twinmoe.oracle.observation import PLAIN_PATH, RankObservation
 from twinmoe.oracle.session import Answer
 from twinmoe.oracle.subject import bucket_for
 from twinmoe.oracle.verdict import Finding
@@ -25,7 +25,9 @@ def changed_answers(rounds: Sequence[Sequence[Answer]]) -> Iterator[Finding]:
     for answers in rounds:
         answer = answers[0]
         bucket = 0 if answer.call.path == "alltoall" else bucket_for(answer.call.max_tokens)
-        question = (answer.scenario, answer.contract, bucket)
+        # Filling new memory, torch may choose other kernels for anyone's operations.
+        is_plain = answer.observation.path.startswith(PLAIN_PATH)
+        question = (answer.scenario, answer.contract, bucket, is_plain and answer.call.poisoned)
         first = first_asked.setdefault(question, answers)
         if first is not answers:
             yield from _differences(first, answers)

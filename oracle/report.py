@@ -170,6 +170,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "cells": [_cell_json(result.cell, result) for result in summary.results],
         "failures": failures(summary),
         "stood_still": standing_still(summary.configs),
+        "left_out": dict(summary.left_out),
     }
 
 

@@ -68,6 +68,9 @@ class Session:
         self._version = 0
         self._filler = torch.nan if case.padding == "nan" else None
         self._late_rank: int | None = None
+        self._poisoned = False
+        #: What histories asked of the layers in vain.
+        self.left_out: set[str] = set()
         self._layers: dict[Case | Change, LiveLayer] = {}
 
     def play(self) -> list[Answer | None]:
@@ -87,6 +90,8 @@ class Session:
         # On a CPU peers have mappings of their own; a barrier would only hide who was missing.
         if self.context.device.type != "cpu":
             self._barrier()
+        for layer in self._layers.values():
+            self.left_out |= getattr(layer.subject, "left_out", set())
         self._layers.clear()
         self.context.release_pools()
 
@@ -143,6 +148,7 @@ class Session:
         elif step.kind == "k":
             self._change(lambda subject: subject.set_kill_switch(bool(number)))
         elif step.kind == "p":
+            self._poisoned = True
             torch.set_deterministic_debug_mode("warn")  # fills what empty() returns
             self._barrier()
             self._change(lambda subject: subject.poison())
@@ -170,7 +176,8 @@ class Session:
         layer = self._layer(key, scenario)
         # With a single rank nobody is faster, and every forward's buffers can be looked at.
         is_last = is_last or self._in_step or len(hidden_by_rank) == 1
-        call = Call(path, max(map(len, hidden_by_rank)), self._filler, is_last)
+        tokens = tuple(map(len, hidden_by_rank))
+        call = Call(path, max(tokens), self._filler, is_last, tokens, self._poisoned)
         with self._late():
             observation, complaints = layer.observe(hidden_by_rank[rank], call)
         if len(hidden_by_rank) < self.context.world_size:
@@ -185,6 +192,8 @@ class Session:
 
     def _path(self, kind: str) -> str:
         """The path of a forward step: the case's own, or the one that the step names."""
+        if kind == "c":
+            return "captured"
         if kind == "a" or self.case.transport == "alltoall":
             return "alltoall"
         return "graphed" if kind == "g" or self.case.mode == "eager" else "captured"

@@ -34,12 +34,13 @@ class Showing:
     """What one rank sends back about one subject: its forwards, collectives and remains.
 
     An answer is None where the rank had no part in the forward.  ``left`` says what the rank
-    still held after everything was released.
+    still held after everything was released, ``left_out`` what the layer does not offer.
     """
 
     answers: tuple[Answer | None, ...]
     journal: tuple[Issued, ...]
     left: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
 
 def rounds_of(showings: Sequence[Showing]) -> list[list[Answer]]:

@@ -10,7 +10,7 @@ from twinmoe.oracle.relations import RELATIONS
 
 #: Steps between two equal questions.
 _BETWEEN = (
-    *("f1", "f2", "f1", "f2", "g0", "a0", "o0", "o1"),
+    *("f1", "f2", "f1", "f2", "g0", "a0", "c0", "c1", "o0", "o1"),
     *("k1", "k0", "w1", "w0", "l1", "l0", "n"),
     *("p", "p", "d0", "d1", "x0", "x1", "x2", "x3"),
 )

@@ -51,12 +51,15 @@ class Call:
     ``max_tokens`` is the largest batch of all ranks; ``filler`` what padding rows hold,
     None for old data.  ``is_last``: no rank goes on before this forward's padded buffers
     have been looked at; before that, a faster rank may be writing the next batch there.
+    ``tokens`` are the batches of all ranks; ``poisoned``: new memory is filled with NaN.
     """
 
     path: str
     max_tokens: int
     filler: float | None = None
     is_last: bool = True
+    tokens: tuple[int, ...] = ()
+    poisoned: bool = False
 
 
 class Subject(Protocol):

@@ -7,6 +7,7 @@ from click.core import ParameterSource
 
 from twinmoe.oracle.check import Summary
 from twinmoe.oracle.layer_space import SEMANTICS, standing_still
+from twinmoe.oracle.offers import left_out
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.reference.config import ConfigError
 
@@ -65,6 +66,8 @@ def not_judged(summary: Summary) -> str:
         )
     if summary.equivalent and all(one.cell.ep_size == 1 for one in summary.results):
         told.append("run by one rank alone: --ep 1,2,4 asks for experts that ranks share")
+    if line := left_out(summary.left_out):
+        told.append(line)
     still = standing_still(summary.configs)
     if still and summary.equivalent:  # a search that failed was cut short
         told.append(

@@ -47,7 +47,8 @@ def observe_case(
             session = Session(case, context, subject_factory(name), change, in_step)
             answers, journal = session.play(), tuple(breadcrumbs.journal[start:])
             session.close()
-            showings[name] = Showing(tuple(answers), journal, tuple(left_since(held_before)))
+            left, lacking = tuple(left_since(held_before)), frozenset(session.left_out)
+            showings[name] = Showing(tuple(answers), journal, left, lacking)
     return showings
 
 
@@ -56,6 +57,7 @@ class Outcome:
     """The verdicts on one case, by subject, and what they cost in seconds.
 
     ``diagnosis`` names mistakes that explain a failure: see :meth:`Trial.diagnose`.
+    ``left_out``: what the history asked of a layer that does not offer it.
     """
 
     case: Case
@@ -64,6 +66,7 @@ class Outcome:
     run_seconds: float = 0.0
     judge_seconds: float = 0.0
     diagnosis: list[str] = field(default_factory=list)
+    left_out: frozenset[str] = frozenset()
 
     @property
     def equivalent(self) -> bool:
@@ -120,6 +123,7 @@ class Trial:
         for name in self._subjects:
             verdict = judge_showings(case, [showing[name] for showing in showings])
             outcome.verdicts[name], outcome.paths[name] = verdict, verdict.path
+            outcome.left_out = outcome.left_out.union(*(one[name].left_out for one in showings))
         outcome.run_seconds = observed - start
         outcome.judge_seconds = time.perf_counter() - observed
         self._look_closer(outcome)

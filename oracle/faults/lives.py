@@ -158,6 +158,8 @@ def sums_symmetric(case: Case, moment: Moment) -> bool:
 
 
 def _path(case: Case, kind: str) -> str:
+    if kind == "c":
+        return "captured"
     if kind == "a" or (case.transport == "alltoall" and kind != "g"):
         return "alltoall"
     return "graphed" if kind == "g" or case.mode == "eager" else "captured"

@@ -98,7 +98,7 @@ def test_a_fitted_case_is_one_that_the_layer_runs(data: st.DataObject) -> None:
     case = fitted(drawn, neutral)
     assert case.config == neutral(case.config)
     assert (case.transport, case.mode, case.backend) == ("alltoall", "eager", "auto")
-    assert {step.kind for step in case.steps()} <= set("fdn")
+    assert {step.kind for step in case.steps()} <= set("fcdnkwlpo")
     assert fitted(case, neutral) == case
     assert Case.parse(str(case)) == case
 
@@ -127,11 +127,17 @@ def test_a_report_says_what_stood_still() -> None:
     assert still["scoring_func"] == "softmax"
 
 
-def test_histories_of_state_are_left_out() -> None:
-    """Steps that need a switch, a pool or weights in place are dropped, forwards stay."""
-    line = f"{LINE},history=f0.k1.f1.w1.p.f0"
-    assert fitted(Case.parse(line), neutral).history == "f0.f1.f0"
-    assert fitted(Case.parse(f"{LINE},history=f0.k1"), neutral).history == ""
+def test_steps_between_our_own_paths_are_left_out() -> None:
+    """Those that choose a path or fill padding are dropped; reloads, switches and poison stay."""
+    line = f"{LINE},history=f0.k1.a1.w1.x2.p.g0.o1.f0"
+    assert fitted(Case.parse(line), neutral).history == "f0.k1.w1.p.o1.f0"
+    assert fitted(Case.parse(f"{LINE},history=f0.x1"), neutral).history == ""
+
+
+def test_another_layer_beside_it_must_be_one_of_its_own() -> None:
+    """A layer of one width is not asked to share its memory with a wider one."""
+    case = Case.parse(f"{LINE},history=f0.o0.f0")
+    assert fitted(case, lambda config: neutral(config, hidden_size=32)).history == "f0.f0"
 
 
 def test_a_relation_stays_where_the_changed_layer_is_one_of_its_own() -> None:
