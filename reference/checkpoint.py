@@ -1,5 +1,10 @@
-"""Weights on disk: one safetensors file per layer, of which a rank reads only its own experts."""
+"""Weights on disk: one safetensors file per layer, of which a rank reads only its own experts.
 
+The header proves what a rank reads: ``digests`` has the SHA-256 of the config, of each replicated
+tensor, and of every expert's part of the others.  Files of before it had any are read unproved.
+"""
+
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig
+from twinmoe.reference.files import parse_json, require_regular
 from twinmoe.reference.layout import PER_EXPERT, TensorSpec, mismatches
 
 FORMAT = "twinmoe-layer"
@@ -29,12 +35,28 @@ class CheckpointError(ValueError):
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], config: MoEConfig) -> None:
     """Write all experts' tensors together with ``config``."""
+    content = json.dumps(config.to_dict())
+    digests = {name: _digests(name, tensor) for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "config": json.dumps(config.to_dict()),
+        "config": content,
+        "digests": json.dumps(digests | {"config": _sha256(content.encode())}),
     }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digests(name: str, tensor: torch.Tensor) -> list[str]:
+    """One digest for each expert's part, or one of a tensor that all experts share."""
+    parts = list(tensor) if name in PER_EXPERT else [tensor]
+    return [
+        _sha256(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in parts
+    ]
 
 
 def read_config(path: Path) -> MoEConfig:
@@ -61,10 +83,44 @@ def read_tensors(path: Path, experts: range | None) -> tuple[MoEConfig, dict[str
         wanted = range(config.num_experts) if experts is None else experts
         check_experts(wanted, config.num_experts)
         rows = slice(wanted.start, wanted.stop)
-        return config, {
-            name: file.get_slice(name)[rows] if name in PER_EXPERT else file.get_tensor(name)
-            for name in names
-        }
+        try:
+            tensors = {
+                name: file.get_slice(name)[rows] if name in PER_EXPERT else file.get_tensor(name)
+                for name in names
+            }
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, str(error)) from error
+        _check_digests(path, file.metadata(), tensors, rows)
+    for name, tensor in tensors.items():
+        if name != "correction_bias_E":  # in which every number has its place in the order
+            check_numbers(tensor, name, path, first=wanted.start)
+    return config, tensors
+
+
+def _check_digests(
+    path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor], rows: slice
+) -> None:
+    """Raise CheckpointError where what was read is not what the digests were made of."""
+    if "digests" not in metadata:  # as in files of before
+        return
+    try:
+        recorded = dict(parse_json(metadata["digests"]))
+        stored = {name: recorded[name][rows] for name in tensors if name in PER_EXPERT}
+        stored |= {name: recorded[name] for name in tensors if name not in PER_EXPERT}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its digests cannot be read: {error}") from None
+    if recorded.get("config") != _sha256(metadata["config"].encode()):
+        raise _damaged(path, "its config is not what its digest was made of: bits changed")
+    for name, tensor in tensors.items():
+        if stored[name] != _digests(name, tensor):
+            raise _damaged(path, f"{name} is not what its digest was made of: bits changed")
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({why}): it does not hold what was saved; copy it again, or write it "
+        "again with MoEWeights.save"
+    )
 
 
 def check_experts(experts: range, num_experts: int) -> None:
@@ -77,15 +133,25 @@ def check_experts(experts: range, num_experts: int) -> None:
         )
 
 
-def check_finite(tensor: torch.Tensor, name: str, path: Path, first: int = 0) -> None:
-    """Raise CheckpointError for the first NaN or infinity; row 0 is expert ``first`` of several."""
-    if bool(torch.isfinite(tensor.sum())) or bool((good := torch.isfinite(tensor)).all()):
+def check_numbers(
+    tensor: torch.Tensor, name: str, path: Path, *, first: int = 0, infinite: bool = False
+) -> None:
+    """Raise CheckpointError for the first NaN or, unless ``infinite`` ones are legal, infinity.
+
+    Row 0 of a tensor with one slice per expert is expert ``first``.
+    """
+    wrong = torch.isnan(tensor) if infinite else ~torch.isfinite(tensor)
+    if not bool(wrong.any()):
         return
-    index = [int(at) for at in (~good).nonzero()[0]]
-    expert = f" (expert {first + index[0]})" if name in PER_EXPERT else ""
+    index = [int(at) for at in wrong.nonzero()[0]]
+    value = float(tensor[tuple(index)])
+    expert = ""
+    if name in PER_EXPERT:
+        index[0] += first
+        expert = f" (expert {index[0]})"
     raise CheckpointError(
-        f"{name}{index}{expert} in {path} is {float(tensor[tuple(index)])}: a weight is a finite "
-        "number, and one that is not reaches every token that meets it; save the weights again"
+        f"{name}{index}{expert} in {path} is {value}: a weight is a finite number, and one that is "
+        "not reaches every token that meets it; save the weights again"
     )
 
 
@@ -156,6 +222,7 @@ def _abridged(problems: list[str], most: int = 4) -> str:
 
 def _open(path: Path) -> Any:
     try:
+        require_regular(path)
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -181,7 +248,7 @@ def _config_of(path: Path, file: Any) -> MoEConfig:
             f"version {FORMAT_VERSION}: write it again with MoEWeights.save of this release"
         )
     try:
-        return MoEConfig.from_dict(json.loads(metadata["config"]))
+        return MoEConfig.from_dict(parse_json(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} carries no usable config ({error}): its header was altered; write it again "

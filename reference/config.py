@@ -15,6 +15,7 @@ from twinmoe.reference.config_checks import (
     check_positive,
     check_routing,
     check_sizes,
+    check_types,
     dtype_by_name,
     dtype_name,
 )
@@ -86,6 +87,7 @@ class MoEConfig:
     moe_pad_expert_input_to_capacity: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sizes(self)
         check_names(self)
         check_routing(self)
@@ -132,11 +134,16 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """Undo ``to_dict``; raises ConfigError for unknown or missing keys and bad values."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(record) - known):
+        if not isinstance(record, Mapping):
             raise ConfigError(
-                f"unknown setting(s) {', '.join(unknown)}: MoEConfig does not know them and will "
-                "not ignore them; remove them or correct their spelling"
+                f"config ({type(record).__name__}) is no mapping of settings: there is nothing to "
+                "read; pass what to_dict returns"
+            )
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(map(str, set(record) - known)):
+            raise ConfigError(
+                f"unknown setting(s) {', '.join(unknown)!s:.400}: MoEConfig does not know them and "
+                "will not ignore them; remove them or correct their spelling"
             )
         required = ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok")
         if missing := [name for name in required if name not in record]:

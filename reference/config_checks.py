@@ -1,6 +1,7 @@
 """What a MoEConfig refuses, each with the value, the reason and the remedy."""
 
-import math
+import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,48 @@ def dtype_name(dtype: torch.dtype) -> str:
         if known == dtype:
             return name
     raise ConfigError(f"dtype ({dtype}) is not supported: use one of {', '.join(DTYPES)}")
+
+
+#: What a setting of each type may be, and how to say so.
+_WANTED = {
+    "int": "an integer",
+    "bool": "True or False",
+    "str": "a name",
+    "float": "a finite number",
+    "float | None": "a finite number or None",
+}
+
+
+def check_types(config: "MoEConfig") -> None:
+    """Refuse what only looks like a setting: text for a switch, a switch for a count."""
+    for field in fields(config):
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        value = getattr(config, field.name)
+        if not _is_of(kind, value):
+            raise ConfigError(
+                f"{field.name} ({value!s:.80}) is no {kind}: {field.name} must be "
+                f"{_WANTED[kind]}, and nothing is guessed from another type; use one"
+            )
+
+
+def _is_of(kind: str, value: object) -> bool:
+    match kind:
+        case "int":
+            return _is_int(value)
+        case "bool":
+            return isinstance(value, bool)
+        case "str":
+            return isinstance(value, str)
+        case "float" | "float | None":
+            return (value is None and "None" in kind) or _is_finite(value)
+        case _:  # dtypes have words of their own
+            return True
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def check_sizes(config: "MoEConfig") -> None:
@@ -90,11 +133,6 @@ def check_routing(config: "MoEConfig") -> None:
             f"limit leaves (topk_group {topk_group} x {experts // n_group} experts per group): "
             "the rest may not be chosen; raise topk_group or lower num_experts_per_tok"
         )
-    if not math.isfinite(config.routed_scaling_factor):
-        raise ConfigError(
-            f"routed_scaling_factor ({config.routed_scaling_factor}) must be finite: it "
-            "multiplies every routing weight; use 1.0 for no scaling"
-        )
 
 
 def check_experts(config: "MoEConfig") -> None:
@@ -105,7 +143,7 @@ def check_experts(config: "MoEConfig") -> None:
                 f"swiglu_limit ({config.swiglu_limit}) needs gated=True: it clamps the gate and "
                 "the up projection; use None for a plain expert"
             )
-        if not (math.isfinite(config.swiglu_limit) and config.swiglu_limit > 0):
+        if config.swiglu_limit <= 0:
             raise ConfigError(
                 f"swiglu_limit ({config.swiglu_limit}) must be finite and > 0: it bounds "
                 "magnitudes; use None for no limit"
@@ -164,9 +202,9 @@ def _only_default(name: str, value: object, default: object, why: str) -> None:
 
 def dtype_by_name(setting: str, name: object) -> torch.dtype:
     """Undo ``dtype_name``; raises ConfigError naming the ``setting`` that held the name."""
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(
-            f"{setting} ({name}) is not a dtype name: records hold short names; use one of "
+            f"{setting} ({name!s:.80}) is not a dtype name: records hold short names; use one of "
             f"{', '.join(DTYPES)}"
         )
     return DTYPES[str(name)]

@@ -25,7 +25,7 @@ from torch import Tensor
 from twinmoe.reference.checkpoint import (
     CheckpointError,
     check_experts,
-    check_finite,
+    check_numbers,
     load_each_expert_once,
     spec_of,
 )
@@ -147,7 +147,7 @@ class HuggingFaceCheckpoint:
             others += [f"shared_experts.{matrix}.weight" for matrix in self.matrices]
         if inside not in others:
             raise CheckpointError(
-                f"{name!r:.200} in {self.folder} is no part of the layer that config.json describes, "
+                f"{name!r:.200} in {self.folder} is no part of the layer of config.json, "
                 f"of {self.config.num_experts} experts: without it the layer would compute "
                 "something else; use the config.json that belongs to these weights, or remove it"
             )
@@ -194,9 +194,8 @@ class _Reader:
             self._read_mlp(f"{prefix}.shared_experts", shared_w13_FH, shared_w2_HI)
         bias_E = None
         if config.use_correction_bias:
-            bias_E = self._read(
-                f"{prefix}.gate.e_score_correction_bias", specs["correction_bias_E"]
-            )
+            name = f"{prefix}.gate.e_score_correction_bias"
+            bias_E = self._read(name, specs["correction_bias_E"], infinite=True)
         return MoEWeights(
             router_EH=self._read(f"{prefix}.gate.weight", specs["router_EH"]),
             correction_bias_E=bias_E,
@@ -222,13 +221,13 @@ class _Reader:
         for name, spec in zip(self.checkpoint.matrices, (half, half, down), strict=True):
             self._slice(f"{prefix}.{name}.weight", spec)
 
-    def _read(self, name: str, spec: TensorSpec) -> Tensor:
+    def _read(self, name: str, spec: TensorSpec, infinite: bool = False) -> Tensor:
         stored = self._slice(name, spec)
         try:
             tensor: Tensor = stored[:]
         except (SafetensorError, OSError) as error:
             raise self._unreadable(name, error) from error
-        check_finite(tensor, name, self.checkpoint.file_of(name))
+        check_numbers(tensor, name, self.checkpoint.file_of(name), infinite=infinite)
         return tensor
 
     def _slice(self, name: str, spec: TensorSpec) -> Any:

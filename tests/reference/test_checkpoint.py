@@ -1,6 +1,8 @@
 """Weight files: round trips, damage, and the proof that every expert is loaded once."""
 
 import json
+import os
+import random
 from dataclasses import replace
 
 import pytest
@@ -184,3 +186,54 @@ def test_nobody_waits_for_a_rank_that_cannot_load(path, tmp_path):
     assert "elsewhere.safetensors does not exist" in told
     assert "load on all ranks again" in told
     assert [len(part.w2_LHI) for part in (first, second)] == [8, 8]
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_found(path):
+    """Whatever bit changes, in header or tensors, is refused or changes nothing that is read."""
+    whole, data = MoEWeights.random(CONFIG, 1), path.read_bytes()
+    draw = random.Random(0)
+    start = 8 + int.from_bytes(data[:8], "little")
+    for place in [draw.randrange(start) for _ in range(60)] + [
+        draw.randrange(start, len(data)) for _ in range(20)
+    ]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            loaded = MoEWeights.load(path)
+        except CheckpointError:
+            continue
+        assert place < start  # padding of the header, or the name of what proves the content
+        assert_same_weights(loaded, whole)
+
+
+def test_a_file_of_before_has_no_digests_and_is_read(path):
+    """Files without digests load as they did."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = {name: text for name, text in file.metadata().items() if name != "digests"}
+    save_file(tensors, path, metadata)
+    assert_same_weights(MoEWeights.load(path), MoEWeights.random(CONFIG, 1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_no_number_is_named(path, value):
+    """Tensor, expert and index, also where a rank reads only its own experts."""
+    weights = MoEWeights.random(CONFIG, 1)
+    weights.w2_LHI[5, 3, 2] = value
+    weights.save(path, CONFIG)
+    words = rf"w2_LHI\[5, 3, 2\] \(expert 5\) in .* is {value}: a weight is a finite number"
+    for experts in (None, range(4, 8)):
+        with pytest.raises(CheckpointError, match=words):
+            MoEWeights.load(path, experts=experts)
+    assert MoEWeights.load(path, experts=range(4)).experts == range(4)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    """A path that leads to no regular file is refused before it is opened."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(CheckpointError, match="it is a FIFO, not a regular file"):
+        MoEWeights.load(tmp_path / "fifo")

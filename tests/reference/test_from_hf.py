@@ -100,6 +100,8 @@ def test_several_shared_experts_are_one_wider_expert():
         ({"model_type": "mixtral"}, "has no hidden_size"),
         (MIXTRAL | {"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         (MIXTRAL | {"hidden_act": "swish"}, "swish"),
+        ({"model_type": ["mixtral"]}, "model_type"),
+        (DEEPSEEK | {"n_shared_experts": "1"}, r"n_shared_experts \(1\) must be an integer"),
         (7, "neither a dict nor a transformers config"),
     ],
 )
@@ -107,6 +109,39 @@ def test_what_cannot_be_read_is_refused(config, words):
     """Unknown models, gaps and unsupported settings are named, never guessed."""
     with pytest.raises(ConfigError, match=words):
         MoEConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (DEEPSEEK, {"topk_method": "greedy"}),
+        (DEEPSEEK, {"swiglu_limit": 7.0}),
+        (DEEPSEEK, {"num_experts": 128}),
+        (QWEN3, {"scoring_func": "sigmoid"}),
+        (QWEN3, {"n_group": 4}),
+        (QWEN3, {"routed_scaling_factor": 2.5}),
+        (QWEN3, {"n_shared_experts": 1}),
+        (QWEN3_OF_TRANSFORMERS_5, {"num_experts": 64}),
+        (MIXTRAL, {"norm_topk_prob": False}),
+        (MIXTRAL, {"shared_expert_intermediate_size": 64}),
+        (MIXTRAL, {"moe_router_bias": True}),
+    ],
+)
+def test_a_setting_that_may_change_the_layer_is_never_dropped(base, changes):
+    """Whatever speaks of experts, routing or activations is read, neutral, or refused by name."""
+    (key, value), *_ = changes.items()
+    with pytest.raises(ConfigError, match=rf"{key} \({value}\)"):
+        MoEConfig.from_hf(base | changes)
+
+
+def test_neutral_and_unrelated_settings_change_nothing():
+    """What a model computes anyway, training, generation, and which layers have experts."""
+    plain = {"scoring_func": "softmax", "n_group": 1, "topk_method": None, "swiglu_limit": None}
+    other = {"output_router_logits": True, "mlp_only_layers": [1], "decoder_sparse_step": 2}
+    assert MoEConfig.from_hf(QWEN3 | plain | other) == MoEConfig.from_hf(QWEN3)
+    more = {"topk_method": "noaux_tc", "first_k_dense_replace": 3, "moe_layer_freq": 1, "top_k": 50}
+    assert MoEConfig.from_hf(DEEPSEEK | more) == MoEConfig.from_hf(DEEPSEEK)
+    assert MoEConfig.from_hf(MIXTRAL | {"norm_topk_prob": True}) == MoEConfig.from_hf(MIXTRAL)
 
 
 def test_scaling_shrinks_sizes_and_keeps_the_routing():
