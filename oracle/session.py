@@ -184,7 +184,6 @@ class Session:
             del breadcrumbs.journal[issued:]  # what only some ranks do, others need not match
         subject = layer.subject
         promised, required = subject.contract(call), subject.required(call)
-        tokens = [len(hidden_TH) for hidden_TH in hidden_by_rank]
         shown = admitted(observation, rank, tokens, scenario.config, promised)
         self._answers.append(
             Answer(act, scenario, promised, required, call, shown, tuple(complaints))
