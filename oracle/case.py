@@ -8,6 +8,7 @@ and what ``twinmoe replay`` reads.
 from dataclasses import dataclass, fields
 from typing import Any
 
+from twinmoe.oracle.case_size import check_size
 from twinmoe.oracle.history import HistoryError, Step, parse
 from twinmoe.oracle.magnitudes import MAGNITUDES
 from twinmoe.reference.config import DTYPES, ConfigError, MoEConfig, dtype_name
@@ -95,7 +96,7 @@ class Case:
         for axis, legal in _AXES.items():
             value = getattr(self, axis)
             if value not in legal:
-                raise CaseError(f"{axis} ({value!r}) is unknown: use one of {', '.join(legal)}")
+                raise CaseError(f"{axis} ({value!r:.80}) is unknown: use one of {', '.join(legal)}")
         if not self.tokens or min(self.tokens) < 0:
             raise CaseError(
                 f"T ({self.tokens}) must give a count of at least 0 for every rank: write T=3/0/5 "
@@ -126,6 +127,7 @@ class Case:
         except HistoryError as error:
             raise CaseError(str(error)) from None
         self.config.check_ep_size(self.ep_size)
+        check_size(self.config, self.tokens, self.batches)
 
     def steps(self) -> tuple[Step, ...]:
         """The history as a program; what ``mode`` says where none is given."""
@@ -172,9 +174,9 @@ class Case:
             key, equals, text = part.partition("=")
             name = _LONG.get(key, key)
             if not equals:
-                raise CaseError(f"{part!r} is not key=value: separate parts with commas")
+                raise CaseError(f"{part!r:.80} is not key=value: separate parts with commas")
             if name in seen:
-                raise CaseError(f"{key!r} is given twice: a key has one value; drop one of them")
+                raise CaseError(f"{key!r:.80} is given twice: a key has one value; drop one")
             seen.add(name)
             if key == "T":
                 own["tokens"] = _counts(key, text)
@@ -186,11 +188,11 @@ class Case:
                 settings[name] = _setting(key, name, text)
             else:
                 raise CaseError(
-                    f"{key!r} is not a key of a case: use T, {', '.join(_LONG)}, "
+                    f"{key!r:.80} is not a key of a case: use T, {', '.join(_LONG)}, "
                     f"{', '.join(sorted(names))} or a setting of MoEConfig"
                 )
         if "tokens" not in own:
-            raise CaseError(f"{line!r} gives no tokens: add T=3/0/5, one count per rank")
+            raise CaseError(f"{line!r:.200} gives no tokens: add T=3/0/5, one count per rank")
         return cls(config=MoEConfig.from_dict(settings), **own)
 
 
@@ -210,7 +212,7 @@ def _number(key: str, text: str, kind: type[int] | type[float]) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise CaseError(f"{key}={text!r} is not {kind.__name__}: write a number") from None
+        raise CaseError(f"{key}={text!r:.80} is not {kind.__name__}: write a number") from None
 
 
 def _setting(key: str, name: str, text: str) -> Any:

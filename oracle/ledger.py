@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from twinmoe.reference.config import ConfigError
+from twinmoe.reference.files import read_text
 
 _ISSUE = re.compile(r"[\w.-]+/[\w.-]+#[1-9][0-9]*")
 
@@ -42,10 +43,10 @@ class Ledger:
         if path is None:
             return cls()
         try:
-            content = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+            content = tomllib.loads(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"ledger ({path}) cannot be read: {error}; write [[known]] entries in TOML"
+                f"ledger ({path}) cannot be read: {error!s:.200}; write [[known]] entries in TOML"
             ) from None
         listed = content.get("known", [])
         if set(content) - {"known"} or not isinstance(listed, list):
@@ -73,7 +74,7 @@ def _entry(path: Path, number: int, entry: object) -> Known:
         raise ConfigError(f"ledger ({path}), entry {number}, has an empty value: fill all in")
     if not _ISSUE.fullmatch(entry["issue"]):
         raise ConfigError(
-            f"ledger ({path}), entry {number}: issue ({entry['issue']!r}) is no public issue: a "
-            "known failure is tracked where others can read it; write owner/repository#number"
+            f"ledger ({path}), entry {number}: issue ({entry['issue']!r:.80}) is no public issue: "
+            "a known failure is tracked where others can read it; write owner/repository#number"
         )
     return Known(**entry)

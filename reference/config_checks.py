@@ -1,7 +1,7 @@
 """What a MoEConfig refuses, each with the value, the reason and the remedy."""
 
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,9 +52,10 @@ def check_types(config: "MoEConfig") -> None:
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         value = getattr(config, field.name)
         if not _is_of(kind, value):
+            remedy = "write one" if field.default is MISSING else f"use {field.default}"
             raise ConfigError(
                 f"{field.name} ({value!s:.80}) is no {kind}: {field.name} must be "
-                f"{_WANTED[kind]}, and nothing is guessed from another type; use one"
+                f"{_WANTED[kind]}, and nothing is guessed from another type; {remedy}"
             )
 
 

@@ -5,6 +5,7 @@ those of docs/h200.md.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 
 from twinmoe.reference.config import ConfigError, MoEConfig, dtype_name
+from twinmoe.reference.files import parse_json, read_text
 
 #: Measured for this project, and used where no other record is named.
 SHIPPED = Path(__file__).with_name("h200.json")
@@ -65,19 +67,19 @@ class Timings:
     def load(cls, path: Path) -> Self:
         """Read a record.  Raises ConfigError for a file that is none."""
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = parse_json(read_text(path))
             if not isinstance(told, list):
                 raise ValueError("no list of them")
             return cls(map(_timing, told))
         except OSError as error:
             raise ConfigError(
-                f"expert timings ({path}) cannot be read: {error.strerror}; name a file that "
-                "twinmoe bench --record has written"
+                f"expert timings ({path}) cannot be read: {error.strerror or error}; name a file "
+                "that twinmoe bench --record has written"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
-                f"expert timings ({path}) are no record of measurements ({error}); name a file "
-                "that twinmoe bench --record has written"
+                f"expert timings ({path}) are no record of measurements ({error!s:.200}); name a "
+                "file that twinmoe bench --record has written"
             ) from None
 
     def save(self, path: Path) -> None:
@@ -106,8 +108,14 @@ class Timings:
 
 
 def _timing(told: dict[str, Any]) -> Timing:
-    shape = {field.name: told["shape"][field.name] for field in fields(Shape)}
-    us = {str(name): float(value) for name, value in told["us"].items()}
-    if min(us.values(), default=0.0) <= 0:
-        raise ValueError(f"a time in {us} is not positive")
-    return Timing(Shape(**shape), int(told["rows"]), us)
+    shape = Shape(**{field.name: told["shape"][field.name] for field in fields(Shape)})
+    for field in fields(Shape):
+        if type(value := getattr(shape, field.name)) is not field.type:
+            raise TypeError(f"{field.name} ({value!s:.80}) of a shape is of another type")
+    us, rows = told["us"], told["rows"]
+    if type(rows) is not int or rows < 0:
+        raise TypeError(f"rows ({rows!s:.80}) are no count")
+    for name, value in us.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"the time of {name!s:.40} ({value!s:.40}) is not positive and finite")
+    return Timing(shape, rows, {name: float(value) for name, value in us.items()})

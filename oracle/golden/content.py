@@ -3,9 +3,11 @@
 Legend: T tokens of all ranks in rank order, H hidden_size, K experts per token.
 """
 
+import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,18 @@ class Figures:
     ambiguous: int = 0
     slots: int = 0
     visible: int = 0
+
+    @classmethod
+    def of_json(cls, told: Any) -> "Figures":
+        """Figures as ``asdict`` gives them; raises TypeError or ValueError for what is none."""
+        figures = cls(**told)
+        if not isinstance(figures.ratios, dict):
+            raise TypeError("ratios are no mapping")
+        numbers = [getattr(figures, field.name) for field in fields(cls) if field.name != "ratios"]
+        for number in [*figures.ratios.values(), *numbers]:
+            if type(number) not in (int, float) or not math.isfinite(number):
+                raise ValueError(f"figure {number!s:.40} is no finite number")
+        return figures
 
     @classmethod
     def of(cls, verdict: Verdict) -> "Figures":

@@ -7,6 +7,7 @@ Tensors are named ``case.forward.name``.  The header's metadata has four strings
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from twinmoe.oracle.golden.content import NORM, SHOWN, Figures, Forward, Golden,
 from twinmoe.oracle.golden.norm import tensors_digest
 from twinmoe.oracle.session import other_shape
 from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.files import open_regular, parse_json
 
 FORMAT = "twinmoe golden"
 
@@ -92,12 +94,10 @@ def occupied(path: Path) -> str:
 def load(path: Path) -> Golden:
     """Read a golden file; raises GoldenError for one that is not, or not whole."""
     refuse = _Refusal(path)
-    if path.exists() and not path.is_file():
-        raise refuse("cannot be read", "it is no regular file", "name a file that was recorded")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             # Somebody else's file may be a model of many GiB: its header is enough to refuse it.
-            metadata = _metadata(file, path.stat().st_size, refuse)
+            metadata = _metadata(file, os.fstat(file.fileno()).st_size, refuse)
             file.seek(0)
             data = file.read()
     except OSError as error:
@@ -114,12 +114,12 @@ def load(path: Path) -> Golden:
             "is damaged", "its content is not what its digest was made of: bits changed", _AGAIN
         )
     try:
-        return _golden(json.loads(content), tensors)
+        return _golden(parse_json(content), tensors)
     except (CaseError, ConfigError) as error:
         told = f"a case of it means nothing to this version ({error})"
         raise refuse("cannot be used", told, "record it again with this version") from None
-    except (KeyError, TypeError, ValueError) as error:
-        told = f"it lacks a part ({type(error).__name__}: {error})"
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        told = f"it lacks a part ({type(error).__name__}: {error!s:.200})"
         raise refuse("is incomplete", told, "record it again with twinmoe golden record") from None
 
 
@@ -151,7 +151,7 @@ def _metadata(
         told = f"its header has {length} bytes, of which {size - 8} are there"
         raise refuse("is truncated", told, _AGAIN)
     try:
-        header = json.loads(first[8:] + file.read(length - 1))
+        header = parse_json(first[8:] + file.read(length - 1))
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise TypeError("metadata are strings")
@@ -173,13 +173,13 @@ def _metadata(
 def _check_version(version: str, refuse: Callable[[str, str, str], GoldenError]) -> None:
     if version == str(VERSION):
         return
-    if version.isdecimal() and int(version) > VERSION:
+    if re.fullmatch("[1-9][0-9]*", version) and version != str(VERSION):
         raise refuse(
             "is of a newer format",
-            f"format {version}, while this version of twinmoe reads {VERSION}",
+            f"format {version:.40}, while this version of twinmoe reads {VERSION}",
             "use the twinmoe that recorded it, or a later one",
         )
-    told = f"format {version!r}, while this version of twinmoe reads {VERSION}"
+    told = f"format {version!r:.40}, while this version of twinmoe reads {VERSION}"
     raise refuse("has an unknown format", told, "record it again with this version")
 
 
@@ -226,7 +226,7 @@ def _golden(content: Any, tensors: dict[str, Tensor]) -> Golden:
             _forward(config, forward, f"{number}.{place}", tensors)
             for place, (config, forward) in enumerate(zip(layers, told["forwards"], strict=True))
         )
-        cases.append(Recorded(case, forwards, Figures(**told["figures"])))
+        cases.append(Recorded(case, forwards, Figures.of_json(told["figures"])))
     if tensors:
         raise ValueError(f"tensors {', '.join(sorted(tensors)[:3])} belong to no case")
     return Golden(tuple(cases), content["environment"], content["device"])
@@ -236,6 +236,13 @@ def _forward(config: MoEConfig, told: Any, prefix: str, tensors: dict[str, Tenso
     names = (*NORM, *told["shown"])
     own = {name: tensors.pop(f"{prefix}.{name}") for name in names}
     tokens = tuple(told["tokens"])
+    if not all(type(count) is int and count >= 0 for count in tokens):
+        raise ValueError(f"tokens of {prefix} are {tokens!s:.80}")
+    for part in (told["points"], told["digests"]):
+        if not isinstance(part, dict) or not all(isinstance(text, str) for text in part.values()):
+            raise TypeError(f"points and digests of {prefix} are names and texts")
+    if not (isinstance(told["path"], str) and isinstance(told["contract"], str)):
+        raise TypeError(f"path and contract of {prefix} are texts")
     for name, tensor in own.items():
         wide = name not in ("ids", "weights")
         width = config.hidden_size if wide else config.num_experts_per_tok

@@ -64,6 +64,7 @@ def test_spaces_around_parts_do_not_matter() -> None:
         (f"{LINE},seed=1.5", "seed='1.5'", "not int", "write a number"),
         (f"{LINE},gated=yes", "gated='yes'", "not a switch", "write 0 or 1"),
         (f"{LINE},gated=2", "gated='2'", "not a switch", "write 0 or 1"),
+        (f"{LINE},seed={'9' * 5000}", "seed='9999", "not int", "write a number"),
         (f"{LINE},k=1", "'k'", "given twice", "drop one"),
         (f"{LINE},num_experts=8", "'num_experts'", "given twice", "drop one"),
         (f"{LINE},T=1/1", "'T'", "given twice", "drop one"),
@@ -112,6 +113,11 @@ def test_a_malformed_line_is_told_what_why_and_what_instead(
         (f"{LINE},dtype=int8", ("dtype (int8)", "use one of fp64")),
         (f"{LINE},hidden_act=tanh", ("hidden_act (tanh)", "use one of silu")),
         (f"{LINE},rsf=nan", ("routed_scaling_factor (nan)", "finite", "use 1.0")),
+        (f"{LINE},rsf=1e999", ("routed_scaling_factor (inf)", "finite", "use 1.0")),
+        ("T=1000000000000,H=16,I=16,E=4,k=2", ("64_000_000_000_000 bytes for the tokens",)),
+        (f"T=1,H={10**12},I=16,E=4,k=2", ("bytes for weights", "smaller sizes")),
+        (f"T=1,H={10**4000},I=16,E=4,k=2", ("more than 2**", "smaller sizes")),
+        (f"{LINE},batches={10**12}", ("bytes for the tokens", "smaller sizes")),
     ],
 )
 def test_a_layer_that_contradicts_itself_is_refused_by_its_config(

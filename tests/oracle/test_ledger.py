@@ -37,6 +37,8 @@ def test_entries_are_found_by_name(tmp_path: Path) -> None:
         (ENTRY + "since = 2026\n", "must have exactly what, issue, why"),
         ('[known]\nwhat = "zeros"\n', "holds more than"),
         ("[[known]\n", "cannot be read"),
+        ("known = " + "[" * 5000, "cannot be read"),
+        ("known = 3\n", "holds more than"),
     ],
 )
 def test_what_is_no_entry_is_refused(tmp_path: Path, text: str, complaint: str) -> None:

@@ -94,7 +94,16 @@ def test_a_record_is_read_as_it_was_written_and_updated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", '{"rows": 3}', "[1]", '[{"rows": 1}]', '[{"shape": {}, "rows": 1, "us": {}}]'],
+    [
+        "[" * 5000,
+        "[null]",
+        "",
+        "{}",
+        '{"rows": 3}',
+        "[1]",
+        '[{"rows": 1}]',
+        '[{"shape": {}, "rows": 1, "us": {}}]',
+    ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     """With the file and the remedy, before anything is chosen."""

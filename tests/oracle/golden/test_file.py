@@ -1,6 +1,7 @@
 """Golden files: what is written is what is read, and no damage goes unnoticed or unnamed."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,18 @@ def signed_anew(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], obje
     return damage
 
 
+def signed_text(text: str) -> Damage:
+    """Return a damage that is some other text in place of the content, with a right digest."""
+
+    def damage(data: bytes) -> bytes:
+        header, _ = header_of(data)
+        tensors = load_tensors(data)
+        digest = golden_file._digest(text, tensors)
+        return save_tensors(tensors, {**header["__metadata__"], "content": text, "digest": digest})
+
+    return damage
+
+
 def bit_flipped(data: bytes) -> bytes:
     """Flip the lowest bit of the last byte of the last tensor."""
     return data[:-1] + bytes([data[-1] ^ 1])
@@ -126,6 +139,36 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         signed_anew(lambda _, tensors: tensors.update({"0.0.value": torch.zeros(1)})),
         ("is incomplete", "0.0.value has shape (1,)", "record it again"),
     ),
+    "a version of 5,000 digits": (
+        metadata_changed(version="9" * 5000),
+        ("newer format", "99999", "use the twinmoe that recorded it"),
+    ),
+    "nested content": (
+        signed_text("[" * 2000 + "]" * 2000),
+        ("is incomplete", "record it again"),
+    ),
+    "a figure that is NaN": (
+        signed_anew(lambda content, _: content["cases"][0]["figures"].update(flips=float("nan"))),
+        ("is incomplete", "NaN is no JSON number", "record it again"),
+    ),
+    "a figure of another type": (
+        signed_anew(lambda content, _: content["cases"][0]["figures"].update(flips="3")),
+        ("is incomplete", "figure 3 is no finite number", "record it again"),
+    ),
+    "cases that are none": (
+        signed_anew(lambda content, _: content.update(cases=[None])),
+        ("is incomplete", "record it again"),
+    ),
+    "tokens that are none": (
+        signed_anew(lambda content, _: content["cases"][0]["forwards"][0].update(tokens=["x"])),
+        ("is incomplete", "tokens of 0.0 are", "record it again"),
+    ),
+    "a case of terabytes": (
+        signed_anew(
+            lambda content, _: content["cases"][0].update(case=f"T={10**12},H=8,I=8,E=1,k=1")
+        ),
+        ("cannot be used", "bytes for the tokens", "record it again"),
+    ),
     "a tensor too many": (
         signed_anew(lambda _, tensors: tensors.update(stray=torch.zeros(1))),
         ("is incomplete", "stray belong to no case", "record it again"),
@@ -147,8 +190,9 @@ def test_each_damage_has_its_own_words(name: str, whole: bytes, tmp_path: Path) 
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """A path without a file, and a folder, are refused as such."""
-    for path in (tmp_path / "nothing", tmp_path):
+    """A path without a file, a folder, and a FIFO, which nobody waits for, are refused as such."""
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "fifo"):
         with pytest.raises(GoldenError, match="cannot be read"):
             load(path)
 
