@@ -103,8 +103,8 @@ class GraphRunner:
         Such a rank keeps nobody waiting: having been asked, its peers raise PeerError; with
         ``max_tokens`` given nobody may ask, and it replays with no tokens before it raises,
         so that its peers' answers stand.  A failed capture raises on all ranks, PeerError
-        where it did not fail.  Who waits for a rank that dies waits until somebody ends the
-        process: a kernel that waits has no timeout.
+        where it did not fail.  Who waits for a rank that died gives up in the end (see
+        ``communication/patience.py``): PeerTimeout, here or from ``layer.check_peers()``.
         """
         refusal = self._refusal(hidden_TH, max_tokens)
         if refusal is not None and self.layer.group is None:
@@ -118,6 +118,7 @@ class GraphRunner:
             captured.hidden_NH[:tokens].copy_(hidden_TH)
         captured.num_valid.fill_(tokens)
         captured.graph.replay()
+        self.layer.check_peers()
         captured.replays += 1
         self.last, self.last_bucket = captured, bucket
         if refusal is not None:

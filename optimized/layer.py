@@ -270,6 +270,14 @@ class MoELayer(nn.Module):
         self.weights.copy_(weights)
         self.experts.refresh()
 
+    def check_peers(self) -> None:
+        """Raise `PeerTimeout` if a kernel waited in vain for another rank; never waits itself.
+
+        Forwards and replays ask before they return.  On a GPU the one just launched is still
+        running then: whoever has synchronised, and must know before he uses the answer, asks again.
+        """
+        self.transport.check_peers()
+
     def transport_report(self) -> str:
         """Which transport the graphed path uses, and why no better one."""
         return str(self.transport.report())

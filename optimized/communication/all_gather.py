@@ -41,7 +41,7 @@ def all_gather_kernel(
     bases = load_bases(buffer_ptrs, WORLD, THREADS)
     pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
     if LEADING_BARRIER:
-        meet(pads, own_pad, epoch, rank, WORLD, THREADS)
+        meet(pads, own_pad, epoch, signal_pad_ptrs, rank, WORLD, THREADS)
         epoch += 1
     for i in tl.static_range(len(sources)):
         _push(
@@ -49,7 +49,7 @@ def all_gather_kernel(
             WORDS[i], BLOCKS[i], WORLD, LEAF,
         )  # fmt: skip
     fence_aliases(LEAF)  # peers read the rows at their own addresses
-    meet(pads, own_pad, epoch, rank, WORLD, THREADS)
+    meet(pads, own_pad, epoch, signal_pad_ptrs, rank, WORLD, THREADS)
 
 
 @triton.jit

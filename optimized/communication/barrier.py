@@ -4,7 +4,7 @@ Each rank owns a signal pad that its peers can write: row ``cta`` has a slot for
 rank, and one for the row's own epoch.  To pass, a rank writes its next epoch into its slot
 on every peer's pad, one thread per peer, and waits until all slots of its own row have
 reached that epoch.  Epochs only grow (and wrap), so nothing is reset, and a replayed graph
-continues where the last launch stopped.
+continues where the last launch stopped.  A wait in vain ends, see ``patience.py``.
 
 Same grid on every rank: a CTA without work takes part all the same.
 """
@@ -30,11 +30,24 @@ if INTERPRETED:
         """Let a peer have this core."""
         time.sleep(_PAUSE_SECONDS)
 
+    def _nanoseconds() -> int:
+        """A clock that never goes back."""
+        return time.monotonic_ns()
+
 else:
 
     @triton.jit
     def _pause() -> None:
         """On a GPU every rank has its own cores."""
+
+    @triton.jit
+    def _nanoseconds():
+        """The GPU's wall clock."""
+        return tl.extra.cuda.globaltimer()
+
+
+#: Rounds of waiting between two looks at the clock: a wait that ends in good time has none.
+_ROUNDS = tl.constexpr(16 if INTERPRETED else 1024)
 
 
 @triton.jit
@@ -46,7 +59,7 @@ def signal_pad_barrier(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.c
     threads of this CTA.
     """
     pads, own_pad, epoch = load_pads(signal_pad_ptrs, rank, WORLD, THREADS)
-    meet(pads, own_pad, epoch, rank, WORLD, THREADS)
+    meet(pads, own_pad, epoch, signal_pad_ptrs, rank, WORLD, THREADS)
 
 
 @triton.jit
@@ -63,7 +76,9 @@ def load_pads(signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr)
 
 
 @triton.jit
-def meet(pads, own_pad, epoch, rank, WORLD: tl.constexpr, THREADS: tl.constexpr):
+def meet(
+    pads, own_pad, epoch, signal_pad_ptrs, rank, WORLD: tl.constexpr, THREADS: tl.constexpr
+):  # fmt: skip
     """`signal_pad_barrier` with what `load_pads` returned; the next epoch is one more."""
     peer = tl.arange(0, THREADS)
     is_peer = peer < WORLD
@@ -73,17 +88,44 @@ def meet(pads, own_pad, epoch, rank, WORLD: tl.constexpr, THREADS: tl.constexpr)
     tl.debug_barrier()
     tl.store(own_pad + WORLD, epoch)
     tl.atomic_xchg(pads + rank, epoch, mask=is_peer, sem="release", scope="sys")
-    while _slowest(own_pad + peer, epoch, is_peer) < 0:
+    rounds = 0
+    since = tl.full((), 0, tl.int64)
+    given_up = 0
+    while (tl.min(_ahead(own_pad + peer, epoch, is_peer)) < 0) & (given_up == 0):
         _pause()
+        rounds += 1
+        if rounds % _ROUNDS == 0:
+            now = _nanoseconds()
+            if rounds == _ROUNDS:
+                since = now
+            late = tl.where(_ahead(own_pad + peer, epoch, is_peer) < 0, peer, WORLD)
+            given_up = _give_up(signal_pad_ptrs + WORLD, now - since, tl.min(late), WORLD)
     tl.debug_barrier()
 
 
 @triton.jit
-def _slowest(slots, epoch, is_peer):
+def _ahead(slots, epoch, is_peer):
+    """By how many meetings each peer is ahead of this one; negative for those still awaited."""
     # An atomic: a plain load in a loop may be served from a cache forever.
     seen = tl.atomic_add(slots, 0, mask=is_peer, sem="acquire", scope="sys")
     # The difference is signed, so that epochs may wrap around.
-    return tl.min(tl.where(is_peer, seen - epoch, 0))
+    return tl.where(is_peer, seen - epoch, 0)
+
+
+@triton.jit
+def _give_up(patience_ptr, waited, late, WORLD: tl.constexpr):
+    """Nonzero once this rank has given up; ``late`` is the first rank awaited, or WORLD.
+
+    Threads read the clock one after another, and must not part over it: only what the atomic of
+    one of them returns to all decides.
+    """
+    in_vain = (waited > tl.load(patience_ptr + 2)) & (late < WORLD)
+    missing = tl.where(in_vain, late + 1, 0)
+    word = tl.load(patience_ptr).to(tl.pointer_type(tl.int32))
+    before = tl.atomic_max(word, missing, sem="relaxed", scope="gpu")
+    on_host = tl.load(patience_ptr + 1).to(tl.pointer_type(tl.int32))
+    tl.store(on_host, missing, mask=in_vain & (before == 0))
+    return before
 
 
 @triton.jit

@@ -58,6 +58,9 @@ class CollectiveTransport:
             )
         return own.float()
 
+    def check_peers(self) -> None:
+        """Nothing to do: these collectives raise what befalls them."""
+
     def mistrust(self) -> None:
         """Nothing to do: these collectives protect themselves."""
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from twinmoe.optimized.communication.agreement import exchange, group_rank, group_size
 from twinmoe.optimized.communication.packing import round_up
+from twinmoe.optimized.communication.patience import Patience
 
 _FOLDER = Path("/dev/shm")
 
@@ -82,7 +83,8 @@ class CpuSymmetricMemory:
         self.buffer = buffers[rank]
         self.signal_pad = signal_pads[rank]
         self.buffer_ptrs = torch.tensor([buffer.data_ptr() for buffer in buffers])
-        self.signal_pad_ptrs = torch.tensor([pad.data_ptr() for pad in signal_pads])
+        self.patience = Patience(self.buffer.device)
+        self.signal_pad_ptrs = self.patience.table([pad.data_ptr() for pad in signal_pads])
         # The peers' tensors keep their mappings alive while kernels use the bare addresses.
         self._mapped = (buffers, signal_pads)
 

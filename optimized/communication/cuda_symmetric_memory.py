@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from twinmoe.optimized.communication.packing import round_up
+from twinmoe.optimized.communication.patience import Patience
 
 
 def multicast_disabled() -> bool:
@@ -63,7 +64,8 @@ class CudaSymmetricMemory:
         pad_words = handle.signal_pad_size // 4
         self.signal_pad: torch.Tensor = handle.get_signal_pad(self.rank, (pad_words,), torch.int32)
         self.buffer_ptrs = torch.tensor(handle.buffer_ptrs, device=tensor.device)
-        self.signal_pad_ptrs = torch.tensor(handle.signal_pad_ptrs, device=tensor.device)
+        self.patience = Patience(tensor.device)
+        self.signal_pad_ptrs = self.patience.table(handle.signal_pad_ptrs)
         self.multicast_ptr: int = 0 if multicast_disabled() else int(handle.multicast_ptr or 0)
         self._handle = handle
         # A segment from torch's pool may carry the epochs of its previous life.
@@ -89,7 +91,8 @@ class SingleGpuMemory:
         words = available_signal_pad_bytes() // 4
         self.signal_pad = torch.zeros(words, dtype=torch.int32, device=tensor.device)
         self.buffer_ptrs = torch.tensor([tensor.data_ptr()], device=tensor.device)
-        self.signal_pad_ptrs = torch.tensor([self.signal_pad.data_ptr()], device=tensor.device)
+        self.patience = Patience(tensor.device)
+        self.signal_pad_ptrs = self.patience.table([self.signal_pad.data_ptr()])
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -9,5 +9,9 @@ class SymmetricBufferOverflow(TransportError):  # noqa: N818 - says what happene
     """A collective, or a grown pool, needs more symmetric memory than there may be."""
 
 
+class PeerTimeout(TransportError):  # noqa: N818 - says what happened
+    """A kernel waited for a peer in vain: results since then are garbage, and so is its pool."""
+
+
 class AllocationDuringCapture(TransportError):  # noqa: N818
     """Symmetric memory was asked for while a graph capture is live."""

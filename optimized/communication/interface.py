@@ -54,6 +54,12 @@ class Transport(Protocol):
         The summation order is the tier's: rank order for p2p, unspecified for the others.
         """
 
+    def check_peers(self) -> None:
+        """Raise `PeerTimeout` if a kernel of this rank waited for a peer in vain.
+
+        Never waits: what is still running on a device is heard of later.
+        """
+
     def mistrust(self) -> None:
         """Start the next collective as safely as if anything had been launched before it.
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from twinmoe.optimized.communication.patience import Patience
+
 
 class SymmetricMemory(Protocol):
     """One buffer and one signal pad per rank, all mapped into this process."""
@@ -21,7 +23,9 @@ class SymmetricMemory(Protocol):
     buffer_ptrs: torch.Tensor
     #: This rank's signal pad, int32; zero at first.
     signal_pad: torch.Tensor
-    #: Base addresses of all ranks' signal pads, int64 [R], on the device.
+    #: How long its kernels wait for peers, and whether they gave up.
+    patience: Patience
+    #: Base addresses of all ranks' signal pads, and ``patience``'s, int64 [R + 3], on the device.
     signal_pad_ptrs: torch.Tensor
     #: Address at which a multicast store reaches all buffers; 0 if there is none.
     multicast_ptr: int

@@ -44,6 +44,10 @@ class SymmetricTransport:
         """See `Transport.generation`."""
         return self._pool.generation
 
+    def check_peers(self) -> None:
+        """See `Transport.check_peers`."""
+        self._pool.memory.patience.check(self.rank)
+
     def mistrust(self) -> None:
         """See `Transport.mistrust`."""
         self._pool.order.record(Collective.UNKNOWN)
@@ -142,6 +146,7 @@ class SymmetricTransport:
         return Leaf.MULTICAST_EMULATED, _LABELS[Leaf.P2P]
 
     def _launched(self, collective: Collective) -> None:
+        self.check_peers()
         self._pool.order.record(collective)
         self._pool.captured = self._pool.captured or capturing()
 

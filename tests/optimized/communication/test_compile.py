@@ -192,6 +192,15 @@ def test_the_barrier_is_system_wide_with_one_atomic_per_thread(listings):
             assert ".cas." not in listing
 
 
+def test_the_clock_is_read_by_those_who_still_wait_only(listings):
+    """No wait that ends in good time looks at it: it stands behind the first look at the peers."""
+    for title, listing in listings.items():
+        if " ptx " in title:
+            clock = listing.index("%globaltimer")
+            assert listing.index("atom.global.sys.acquire.add.u32") < clock, title
+            assert "atom.global.gpu.relaxed.max" in listing, title
+
+
 def test_multicast_is_open_only_to_memory_that_has_an_address_for_it(monkeypatch):
     """On a capable GPU a zero multicast pointer closes the tier, whatever else is there."""
     cuda = torch.device("cuda", 0)
