@@ -4,6 +4,9 @@ Two functions serve without the rest: ``judge`` decides, ``assert_equivalent`` r
 ``docs/judging.md`` shows both in worked examples.
 """
 
+import twinmoe.oracle.first_signal  # noqa: F401 - before what takes seconds to import
+
+# isort: split
 from twinmoe.oracle.assertion import assert_equivalent
 from twinmoe.oracle.contract import RoundingContract, Wire, storage_contract
 from twinmoe.oracle.envelope import Grade

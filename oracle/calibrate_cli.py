@@ -22,6 +22,7 @@ from twinmoe.oracle.compare_criteria import (
     compare_criteria,
 )
 from twinmoe.oracle.criteria import CRITERIA, OURS
+from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_EQUIVALENT
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.subject_cli import subject_option
 from twinmoe.oracle.suggest_cli import ranks_option, suggest, suggest_option
@@ -91,7 +92,7 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
         check_writable(options["plot"], "--plot")
     measure = _compare if comparing else _costs if costing else _calibrate
     alarms = (suggest if suggesting else measure)(**options)
-    sys.exit(1 if alarms else 0)
+    sys.exit(NOT_EQUIVALENT if alarms else EQUIVALENT)
 
 
 def _check_modes(comparing: bool, costing: bool, suggesting: bool, options: dict[str, Any]) -> None:

@@ -6,15 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.cell_result import CellResult
 from twinmoe.oracle.corners import CORNERS
-from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.failures import SetUpError, WorkerFailure
 from twinmoe.oracle.faults import patch_named, require_fault
+from twinmoe.oracle.recurrence import Tracing
 from twinmoe.oracle.strategies import Cell, cases
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Outcome, Trial
@@ -101,71 +103,6 @@ def plan_cells(
     return tuple(dict.fromkeys(cells))
 
 
-@dataclass
-class CellResult:
-    """What one cell's cases showed.  ``worst_ratio`` is over all subjects' outputs.
-
-    ``planted`` counts the cases that the plan's fault could reach, ``answered`` those in which
-    no worker failed, ``undecided`` those of anyone's layer that near ties leave open, because it
-    shows no expert ids.  ``left_out`` counts histories that asked what a layer does not offer.
-    """
-
-    cell: Cell
-    cases: int = 0
-    planted: int = 0
-    undecided: int = 0
-    worst_ratio: float = 0.0
-    elements: int = 0
-    flips: int = 0
-    slots: int = 0
-    slots_visible: int = 0
-    ambiguous: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    judge_seconds: float = 0.0
-    answered: int = 0
-    ran: Counter[tuple[str, str]] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
-    configs: set[MoEConfig] = field(default_factory=set)
-    failure: Outcome | None = None
-    first_failure: Outcome | None = None
-    worker_failure: tuple[Case, WorkerFailure] | None = None
-
-    @property
-    def passed(self) -> bool:
-        """No case failed, in numbers or in processes, and some were decided."""
-        decided = self.cases == 0 or self.undecided < self.cases
-        return self.failure is None and self.worker_failure is None and decided
-
-    def add(self, case: Case, outcome: Outcome | None) -> None:
-        """Count one case; it has no outcome if a worker failed."""
-        self.cases += 1
-        self.planted += bool(case.fault)
-        self.configs.add(case.config)
-        if outcome is None:
-            return
-        self.answered += 1
-        self.seconds += outcome.run_seconds + outcome.judge_seconds
-        self.judge_seconds += outcome.judge_seconds
-        self.left_out.update(outcome.left_out)
-        self.ran[_what_ran(list(outcome.paths.values())[-1])] += 1
-        for verdict in outcome.verdicts.values():
-            self.worst_ratio = max(self.worst_ratio, verdict.worst_ratio)
-        verdict = outcome.verdicts.get("optimized") or next(iter(outcome.verdicts.values()))
-        self.elements += verdict.elements
-        self.flips += verdict.flips
-        self.slots += verdict.slots
-        self.slots_visible += verdict.slots_visible
-        self.ambiguous += verdict.ambiguous
-        self.tokens += verdict.tokens
-
-
-def _what_ran(path: str) -> tuple[str, str]:
-    """The parts of a path report that name software: transport, or layer, and expert backend."""
-    transport, experts = path.partition(": ")[2].split(", ")[:2]
-    return transport, experts.removesuffix(" experts")
-
-
 class _CounterexampleError(AssertionError):
     """Raised inside Hypothesis to make it look for a simpler case."""
 
@@ -175,9 +112,9 @@ def run_check(
 ) -> Iterator[CellResult]:
     """Check each cell in turn; yields its result.  The first failure is shrunk."""
     plan.check()
-    shrink = True
+    shrink, tracing = True, Tracing(trial.fails_again)
     for cell in plan.cells:
-        result = _Search(plan, cell, trial, progress, shrink).run()
+        result = _Search(plan, cell, trial, progress, shrink, tracing).run()
         shrink = shrink and result.passed
         yield result
 
@@ -192,13 +129,16 @@ class _Search:
         trial: Trial,
         progress: Callable[[CellResult, Case], None],
         shrink: bool,
+        tracing: Tracing,
     ) -> None:
         self.plan, self.cell, self.trial, self.progress = plan, cell, trial, progress
-        self.shrink = shrink
+        self.shrink, self._tracing = shrink, tracing
         self.result = CellResult(cell)
         self._known: dict[str, Outcome] = {}
         self._trials_left = SHRINK_TRIALS
         self._opening = True
+        #: Ended from outside twice in one case: more would cost as much, and say as little.
+        self._lost = False
 
     def run(self) -> CellResult:
         """Search until the cases are spent or a failure has been made simple."""
@@ -208,7 +148,20 @@ class _Search:
             self._drawn()
         except _CounterexampleError:
             self._diagnose()
+        self._look_back()
         return self.result
+
+    def _look_back(self) -> None:
+        """Find out whether workers are still there, and how what failed comes again."""
+        try:
+            self.trial.require_alive(self.cell.ep_size)
+        except WorkerFailure as lost:
+            self.result.worker_failure = lost.case, lost
+        if (failed := self.result.failure) is not None:
+            failed.recurrence = self._tracing.trace(failed.case, failed.before)
+        if self.result.worker_failure is not None:
+            case, failure = self.result.worker_failure
+            self.result.recurrence = self._tracing.trace(case, failure.before)
 
     def _diagnose(self) -> None:
         if self.result.failure is not None and self.plan.subject is not None:
@@ -270,7 +223,7 @@ class _Search:
         A failed worker may cost a timeout with every case; the simplest failure is kept.
         """
         shrunk = self.result.failure is not None and self._trials_left <= 0
-        return shrunk or self.result.worker_failure is not None
+        return shrunk or self.result.worker_failure is not None or self._lost
 
     def _observe(self, case: Case) -> Outcome | None:
         """Run the case; None if a worker failed, after which the cell is given up."""
@@ -280,7 +233,10 @@ class _Search:
         try:
             outcome = self.trial.run(case)
         except WorkerFailure as failure:
-            self.result.worker_failure = case, failure
+            self.trial.require_subjects_own(case, failure)
+            if failure.outside is None:
+                self.result.worker_failure = failure.case or case, failure
+            self._lost = failure.outside is not None
         if searching:
             self.result.add(case, outcome)
             self.progress(self.result, case)
@@ -289,11 +245,17 @@ class _Search:
 
 @dataclass
 class Summary:
-    """A whole check: its cells and how long it took."""
+    """A whole check: its cells and how long it took.
+
+    ``stopped`` says why cells are missing, where a failure was found before that; ``cut_off``,
+    in which cases something ended a rank from outside, which says nothing about any layer.
+    """
 
     plan: Plan
     results: list[CellResult]
     seconds: float
+    stopped: str = ""
+    cut_off: Sequence[tuple[Case, str]] = ()
 
     @property
     def equivalent(self) -> bool:
@@ -304,11 +266,6 @@ class Summary:
     def cases(self) -> int:
         """Cases judged."""
         return sum(result.cases for result in self.results)
-
-    @property
-    def unanswered(self) -> bool:
-        """Whether anyone's layer failed on every case: then nothing was judged."""
-        return self.plan.subject is not None and not any(one.answered for one in self.results)
 
     @property
     def undecided(self) -> int:
@@ -334,7 +291,14 @@ class Summary:
 def check(
     plan: Plan, trial: Trial, progress: Callable[[CellResult, Case], None] = lambda *_: None
 ) -> Summary:
-    """Run the whole plan."""
-    start = time.perf_counter()
-    results = list(run_check(plan, trial, progress))
-    return Summary(plan, results, time.perf_counter() - start)
+    """Run the whole plan; raises SetUpError where no worker could be asked anything."""
+    start, stopped = time.perf_counter(), ""
+    results: list[CellResult] = []
+    try:
+        for result in run_check(plan, trial, progress):
+            results.append(result)
+    except SetUpError as error:  # a failure that was found stands, whatever became of the rest
+        if all(result.passed for result in results):
+            raise
+        stopped = str(error)
+    return Summary(plan, results, time.perf_counter() - start, stopped, tuple(trial.cut_off))

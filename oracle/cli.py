@@ -1,7 +1,8 @@
 """The command line: ``twinmoe check``, ``replay``, ``doctor``, ``contracts``, ``calibrate``.
 
-Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 130 interrupted.  Anyone's layer
-that raises is not equivalent if it answered other cases, and could not run if it answered none.
+Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 3 ended from outside, 130 interrupted.
+A layer that raises, hangs or dies is not equivalent; what fails before a layer is asked anything
+could not run; where the system or somebody ended or stopped a rank, there is no verdict.
 """
 
 import sys
@@ -22,7 +23,14 @@ from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
 from twinmoe.oracle.check import Plan, Summary, check, plan_cells
 from twinmoe.oracle.contracts_cli import contracts
-from twinmoe.oracle.failures import WorkerFailure, account
+from twinmoe.oracle.exit_codes import (
+    COULD_NOT_RUN,
+    ENDED_FROM_OUTSIDE,
+    EQUIVALENT,
+    INTERRUPTED,
+    NOT_EQUIVALENT,
+)
+from twinmoe.oracle.failures import SetUpError, WorkerFailure, account
 from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.golden_cli import golden
 from twinmoe.oracle.interrupts import heard_once
@@ -33,17 +41,12 @@ from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_cli import (
     MORE_CASES,
     asked_of_subject,
-    could_not_run,
     not_judged,
     plain_name,
     subject_option,
 )
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.terminal import (
-    COULD_NOT_RUN,
-    EQUIVALENT,
-    INTERRUPTED,
-    NOT_EQUIVALENT,
     check_writable,
     console,
     device_option,
@@ -75,10 +78,17 @@ class _Program(click.Group):
             _end(f"{error.format_message().rstrip('.')}; see {asked} --help", COULD_NOT_RUN)
         except (ConfigError, CaseError, PlotError) as error:
             _end(str(error), COULD_NOT_RUN)
+        except SetUpError as error:
+            click.echo(account(error.failure), err=True)
+            _end("workers could not run; no verdict", COULD_NOT_RUN)
         except WorkerFailure as failure:
             click.echo(account(failure), err=True)  # anyone's file and line first, to click on
-            _end("a worker failed; no verdict", COULD_NOT_RUN)
-        except click.Abort:
+            if failure.outside is not None:
+                _end("a worker was ended from outside; no verdict", ENDED_FROM_OUTSIDE)
+            if failure.is_set_up:
+                _end("a worker could not run; no verdict", COULD_NOT_RUN)
+            _end("the layer failed", NOT_EQUIVALENT)
+        except (click.Abort, KeyboardInterrupt):
             _end("interrupted; no verdict", INTERRUPTED)
         except OSError as error:  # a disk that is full, a reader that is gone
             _end(f"{error}; no verdict", COULD_NOT_RUN)
@@ -167,20 +177,18 @@ def _keep_hypothesis_out_of_here() -> None:
 def check_command(**options: Any) -> None:
     """Run both twins side by side over every path, and judge each output element.
 
-    Exit 0: equivalent.  Exit 1: not equivalent.  Exit 2: could not run.  Exit 130: interrupted.
+    Exit 0: equivalent.  Exit 1: not equivalent.  Exit 2: could not run.  Exit 3: a rank was ended
+    from outside, and nothing else is wrong.  Exit 130: interrupted.
     """
     summary = _run_check(**asked_of_subject(options))
     if options["json_file"] is not None:
         report.write_json(summary, options["json_file"])
-    if summary.unanswered:
-        click.echo(report.failures(summary)[0], err=True)
-        _end(could_not_run(summary), COULD_NOT_RUN)
     if summary.plan.subject is None:
         verified = diagnosis.not_verified(options["device"])
     else:
         verified = not_judged(summary)
     report.show(summary, console, verified)
-    sys.exit(EQUIVALENT if summary.equivalent else NOT_EQUIVALENT)
+    sys.exit(_exit_code(summary.equivalent, summary.cut_off))
 
 
 def _run_check(**options: Any) -> Summary:
@@ -252,32 +260,48 @@ def _short(cell: Cell) -> str:
 
 
 @main.command()
-@click.argument("case")
+@click.argument("cases", metavar="CASE...", nargs=-1, required=True)
 @device_option
 @timeout_option(15.0)
 @subject_option
-def replay(case: str, device: str, timeout: float, subject: str | None) -> None:
-    """Run one CASE line again and print its verdicts.  Exit codes are those of check."""
-    parsed = Case.parse(case)
-    diagnosis.require_case(parsed, device)
-    _transports(parsed.transport, device)
+def replay(cases: tuple[str, ...], device: str, timeout: float, subject: str | None) -> None:
+    """Run CASE lines again, in this order by the same workers, and print their verdicts.
+
+    Exit codes are those of check.
+    """
+    parsed = [Case.parse(case) for case in cases]
+    for case in parsed:
+        diagnosis.require_case(case, device)
+        _transports(case.transport, device)
     with Trial(device, timeout, _names(plain_name(subject))) as trial:
-        try:
-            outcome = trial.run(parsed)
-            if subject is not None:
-                trial.diagnose(outcome)
-        except WorkerFailure as failure:
-            if subject is not None:
-                click.echo(account(failure), err=True)
-                _end(f"{subject} gave no answer, so there is no verdict", COULD_NOT_RUN)
-            say(f"{type(failure).__name__}: {failure}")
-            sys.exit(NOT_EQUIVALENT)
+        replayed = [_replayed(trial, case, subject) for case in parsed]
+        for size in {case.ep_size for case in parsed}:
+            trial.require_alive(size)
+    sys.exit(_exit_code(all(replayed), trial.cut_off))
+
+
+def _replayed(trial: Trial, case: Case, subject: str | None) -> bool:
+    """Run and show one case; whether it is equivalent, as far as anything is known."""
+    try:
+        outcome = trial.run(case)
+        if subject is not None:
+            trial.diagnose(outcome)
+    except WorkerFailure as failure:
+        trial.require_subjects_own(case, failure)
+        say(f"{type(failure).__name__}: {failure}" if subject is None else account(failure))
+        return failure.outside is not None
     for name, verdict in outcome.verdicts.items():
         console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
         say(f"  {verdict}")
     for mistake in outcome.diagnosis:
         say(f"this is what one gets if {mistake}")
-    sys.exit(EQUIVALENT if outcome.equivalent else NOT_EQUIVALENT)
+    return outcome.equivalent
+
+
+def _exit_code(equivalent: bool, ended_from_outside: Sequence[object]) -> int:
+    if not equivalent:
+        return NOT_EQUIVALENT
+    return ENDED_FROM_OUTSIDE if ended_from_outside else EQUIVALENT
 
 
 @main.command()

@@ -3,9 +3,7 @@
 import ctypes
 import multiprocessing
 import os
-import re
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from twinmoe.optimized import launch
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.optimized.triton_runtime import environment_for
-from twinmoe.oracle import breadcrumbs, worker
+from twinmoe.oracle import descendants, outside, worker
 from twinmoe.oracle.breadcrumbs import Footprint, Trail
 from twinmoe.oracle.interrupts import held_back
+from twinmoe.oracle.outside import Outside
 
 #: Time for workers to leave on their own before they are killed.
 _GOODBYE_S = 5.0
@@ -44,6 +42,14 @@ class Crew:
         self._posts = [worker.Post(rank, size, device, directory) for rank in range(size)]
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
+        self._memory_kills = outside.memory_kills()
+        mark = descendants.mark_of(os.getpid())
+        self._mark = {descendants.MARK: mark}
+        self._undertaker = context.Process(
+            target=descendants.bury, args=(os.getpid(), mark), daemon=True
+        )
+        with held_back(), _environment(environment_for(device) | self._mark):
+            self._undertaker.start()
         try:
             for post in self._posts:
                 self._start(context, post)
@@ -54,10 +60,10 @@ class Crew:
     def _start(self, context: ForkServerContext | SpawnContext, post: worker.Post) -> None:
         post.stack_file.touch()
         ours, theirs = context.Pipe()
-        with theirs, held_back(), _environment(environment_for(post.device)):
+        with theirs, held_back(), _environment(environment_for(post.device) | self._mark):
             process = context.Process(
                 target=worker.serve,
-                args=(post, theirs, self._trails, dict(os.environ)),
+                args=(post, theirs, self._trails, dict(os.environ)),  # the mark included
                 name=f"twinmoe-rank-{post.rank}",
                 daemon=True,
             )
@@ -94,18 +100,37 @@ class Crew:
         """Count the operations started on all ranks."""
         return sum(trail.sequence for trail in self._trails)
 
-    def places(self, ranks: list[int]) -> dict[int, str]:
-        """Ask ``ranks`` where their Python code stands; one that cannot say is left out."""
+    def stacks(self, ranks: list[int]) -> dict[int, str]:
+        """Ask ``ranks`` for their Python stacks; one that cannot answer soon is left out."""
+        before = {rank: self._stack_size(rank) for rank in ranks}
         for rank in ranks:
             pid = self.processes[rank].pid
             if pid is not None and self.processes[rank].is_alive():
                 os.kill(pid, worker.STACK_SIGNAL)
-        files = {rank: self._posts[rank].stack_file for rank in ranks}
         patience = time.monotonic() + _STACK_S
-        while time.monotonic() < patience and not all(f.stat().st_size for f in files.values()):
+        waiting = set(ranks)
+        while waiting and time.monotonic() < patience:
             time.sleep(0.01)
-        stacks = {rank: file.read_text() for rank, file in files.items()}
-        return {rank: place for rank, stack in stacks.items() if (place := _innermost(stack))}
+            waiting = {rank for rank in waiting if self._stack_size(rank) == before[rank]}
+        return {rank: self.last_stack(rank) for rank in ranks if rank not in waiting}
+
+    def last_stack(self, rank: int) -> str:
+        """What a rank has written of its stacks; empty for one that was ended from outside."""
+        return self._posts[rank].stack_file.read_text()
+
+    def killed_from_outside(self, rank: int) -> Outside | None:
+        """What killed a rank that has ended; None for an end of its own making."""
+        return outside.killed(self.exit_code(rank), self.last_stack(rank), self._memory_kills)
+
+    def stopped_from_outside(self, ranks: list[int]) -> Outside | None:
+        """What stopped one of ``ranks``; None where none stands stopped."""
+        found = (
+            outside.stopped(self.processes[rank].pid or 0, self.last_stack(rank)) for rank in ranks
+        )
+        return next(filter(None, found), None)
+
+    def _stack_size(self, rank: int) -> int:
+        return self._posts[rank].stack_file.stat().st_size
 
     def exit_code(self, rank: int) -> int | None:
         """Wait for a rank whose pipe or sentinel says that it ended; return its exit code."""
@@ -121,8 +146,9 @@ class Crew:
         self.kill()
 
     def kill(self) -> None:
-        """End every worker at once and remove the directory, and what a rendezvous had named."""
-        for process in self.processes:
+        """End every worker at once, with all processes below it, and remove what it had named."""
+        left = set().union(*(descendants.below(process.pid or 0) for process in self.processes))
+        for process in (*self.processes, self._undertaker):
             process.kill()
         for process in self.processes:
             pid = process.pid
@@ -131,6 +157,8 @@ class Crew:
                 remove_leftovers(pid)
             if process.exitcode is not None:
                 process.close()
+        self._undertaker.join(_GOODBYE_S)
+        descendants.end(left | descendants.orphans(self._mark[descendants.MARK], _own_processes()))
         for pipe in self.pipes:
             pipe.close()
         self._directory.cleanup()
@@ -145,8 +173,9 @@ def _context(device: str) -> ForkServerContext | SpawnContext:
     context.set_forkserver_preload([worker.__name__, "torch._dynamo"])
     # The fork server imports its preload before it learns the driver's sys.path.
     preloading = {**environment_for(device), "PYTHONPATH": os.pathsep.join(sys.path)}
+    mark = {descendants.MARK: descendants.mark_of(os.getpid())}
     resource_tracker.ensure_running()  # lets signals in again, whoever held them back
-    with held_back(), _environment(preloading):
+    with held_back(), _environment(preloading | mark):
         forkserver.ensure_running()
     return context
 
@@ -166,9 +195,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _innermost(stack: str) -> str:
-    """Pick the deepest frame that is neither library nor bookkeeping, as ``file:line in name``."""
-    frames = re.findall(r'File "(.*)", line (\d+) in (.*)', stack)
-    libraries = (*sysconfig.get_paths().values(), breadcrumbs.__file__, launch.__file__, "<")
-    own = [frame for frame in frames if not frame[0].startswith(libraries)]
-    return "{}:{} in {}".format(*own[0]) if own else ""
+def _own_processes() -> set[int]:
+    """What this process has started with a mark and still needs."""
+    server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    return {server or 0, *(process.pid or 0 for process in multiprocessing.active_children())}

@@ -5,9 +5,11 @@ import signal
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from twinmoe.oracle import places
 from twinmoe.oracle.breadcrumbs import Footprint, Phase
+from twinmoe.oracle.outside import Outside
 
 #: How an innocent rank's collective ends when another rank has gone away, or says that it cannot.
 _SECONDARY = re.compile(
@@ -16,15 +18,11 @@ _SECONDARY = re.compile(
     re.IGNORECASE,
 )
 
-
-#: Beyond it, calls are those of anyone's layer.
-ADAPTER = str(Path(__file__).with_name("plain_layer.py"))
-
 #: What the adapter itself raises about a layer.
 LAYER_ERROR = "LayerError"
 
-#: One frame of a traceback.
-_FRAME = re.compile(r'^  File "(.+)", line (\d+), in (\S+)', re.MULTILINE)
+#: Raised for what a user asked: options and environment, no layer's doing.
+_SET_UP = "ConfigError"
 
 
 @dataclass(frozen=True)
@@ -40,34 +38,34 @@ class Raised:
 
     @property
     def place(self) -> str:
-        """File, line and function that raised; empty if the traceback does not say.
-
-        Of anyone's layer, the last line in its own file, however deep it went from there.
-        """
-        frames = _FRAME.findall(self.traceback)
-        adapters = [number for number, frame in enumerate(frames) if frame[0] == ADAPTER]
-        if adapters:
-            frames = [frame for frame in frames[adapters[-1] + 1 :] if not _is_ours(frame[0])]
-            frames = [frame for frame in frames if frame[0] == frames[0][0]]
-        return "{}:{} in {}".format(*frames[-1]) if frames else ""
-
-
-def _is_ours(file: str) -> bool:
-    return Path(file).parent == Path(ADAPTER).parent
+        """``file:line in name`` that raised; of anyone's layer, the last line in its own file."""
+        return places.raised_at(self.traceback)
 
 
 class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of the program
     """A task that did not return on every rank.
 
-    ``ranks`` are those to blame; ``footprints`` tells what every rank last did.
+    ``ranks`` are those to blame; ``footprints`` tells what every rank last did; ``stacks`` are
+    those that ranks wrote, of where they stood or ended.  ``outside`` says what came from
+    outside, ``before`` are the cases of the same workers before this one, the last one last, and
+    ``case`` is the one that is at fault, where it is not the one that was asked.
     """
 
+    outside: Outside | None = None
+    before: tuple[Any, ...] = ()
+    case: Any = None
+
     def __init__(
-        self, message: str, ranks: Sequence[int], footprints: Mapping[int, Footprint]
+        self,
+        message: str,
+        ranks: Sequence[int],
+        footprints: Mapping[int, Footprint],
+        stacks: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
         self.footprints = dict(footprints)
+        self.stacks = dict(stacks or {})
 
     @property
     def rank(self) -> int:
@@ -79,19 +77,45 @@ class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of 
         """Each rank's last operation, empty where it started none."""
         return {rank: footprint.last for rank, footprint in self.footprints.items()}
 
+    @property
+    def place(self) -> str:
+        """``file:line in name`` of a rank to blame, else of one that waits; empty if unknown."""
+        ranks = dict.fromkeys((*self.ranks, *self.stacks))
+        found = (places.standing_at(self.stacks.get(rank, "")) for rank in ranks)
+        return next(filter(None, found), "")
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether it refuses what the user asked, outside anyone's layer."""
+        return False
+
+    @property
+    def is_in_layer(self) -> bool:
+        """Whether the place is past doubt: a hang or a death is of the code that runs."""
+        return True
+
 
 class WorkerDied(WorkerFailure):
     """A worker process ended during a task; ``exit_code`` is -N after signal N."""
 
     def __init__(
-        self, rank: int, exit_code: int | None, footprints: Mapping[int, Footprint], told: str
+        self,
+        rank: int,
+        exit_code: int | None,
+        footprints: Mapping[int, Footprint],
+        told: str,
+        stacks: Mapping[int, str] | None = None,
     ) -> None:
         self.exit_code = exit_code
         if exit_code is not None and exit_code < 0:
             how = f"was killed by signal {-exit_code} ({_signal_name(-exit_code)})"
         else:
             how = f"exited with code {exit_code}"
-        super().__init__(f"rank {rank} {how}\n  {told}", [rank], footprints)
+        super().__init__(f"rank {rank} {how}\n  {told}", [rank], footprints, stacks)
+
+
+class WorkerLost(WorkerDied):
+    """A worker ended after its last answer: no fault of what is asked next, which was not run."""
 
 
 class WorkerError(WorkerFailure):
@@ -102,38 +126,73 @@ class WorkerError(WorkerFailure):
     ) -> None:
         self.exception_type, self.text = raised.type_name, raised.text
         self.traceback = raised.traceback
-        self.place = raised.place
-        where = f"\n  at {raised.place}" if raised.place else ""
+        where = f"\n  at {self.place}" if self.place else ""
         said = f"{name_ranks(ranks)} raised {raised}{where}\n  {told}"
         super().__init__(said, ranks, footprints)
         self.add_note(f"on rank {ranks[0]}:\n{raised.traceback}")
+
+    @property
+    def place(self) -> str:
+        """See :attr:`Raised.place`."""
+        return places.raised_at(self.traceback)
+
+    @property
+    def is_set_up(self) -> bool:
+        """See :attr:`WorkerFailure.is_set_up`."""
+        return self.exception_type == _SET_UP and not self.is_in_layer
+
+    @property
+    def is_in_layer(self) -> bool:
+        """Whether it was raised by anyone's layer, or in what the judge says of it."""
+        return places.is_in_layer(self.traceback)
 
 
 class WorkerHang(WorkerFailure):
     """No rank made progress for ``seconds``; ``ranks`` kept the others waiting."""
 
     def __init__(
-        self, ranks: Sequence[int], seconds: float, footprints: Mapping[int, Footprint], told: str
+        self,
+        ranks: Sequence[int],
+        seconds: float,
+        footprints: Mapping[int, Footprint],
+        told: str,
+        stacks: Mapping[int, str] | None = None,
     ) -> None:
         self.seconds = seconds
         if mismatch := mismatched(footprints):
             told = f"{mismatch}\n  {told}"
         rest = [rank for rank in footprints if rank not in ranks]
         waiting = f"kept {name_ranks(rest)} waiting" if rest else "stood still"
-        super().__init__(
-            f"{name_ranks(ranks)} {waiting} for {seconds:.1f} s\n  {told}", ranks, footprints
-        )
+        said = f"{name_ranks(ranks)} {waiting} for {seconds:.1f} s\n  {told}"
+        super().__init__(said, ranks, footprints, stacks)
+
+
+class SetUpError(RuntimeError):
+    """No subject's doing: workers did not start, or what failed fails without the subject too.
+
+    ``failure`` is what became of the workers.
+    """
+
+    def __init__(self, failure: WorkerFailure) -> None:
+        super().__init__(f"could not run: {failure}")
+        self.failure = failure
 
 
 def account(failure: WorkerFailure) -> str:
     """What went wrong, the place in anyone's code first, for him to click on."""
+    place = f"{failure.place}: " if failure.place else ""
     if not isinstance(failure, WorkerError):
-        return f"{type(failure).__name__}: {failure}"
+        return "\n".join([f"{place}{type(failure).__name__}: {failure}", *_ways(failure)])
     if failure.exception_type == LAYER_ERROR:  # which says where
         return f"{failure.text} (on {name_ranks(failure.ranks)})"
-    place = f"{failure.place}: " if failure.place else ""
     said = f": {failure.text}" if failure.text else ""
     return f"{place}{failure.exception_type}{said} (on {name_ranks(failure.ranks)})"
+
+
+def _ways(failure: WorkerFailure) -> list[str]:
+    """A line for each rank that wrote its stack: the calls that lead to where it stands."""
+    ways = {rank: places.way_to(stack) for rank, stack in failure.stacks.items()}
+    return [f"  rank {rank} stands in {' > '.join(way)}" for rank, way in ways.items() if way]
 
 
 def is_secondary(text: str) -> bool:

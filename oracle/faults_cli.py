@@ -13,6 +13,7 @@ from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import faults_report
 from twinmoe.oracle.campaign import Hunt, case_stream, hunt
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_EQUIVALENT
 from twinmoe.oracle.faults import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.ledger import Ledger
 from twinmoe.oracle.strategies import EP_SIZES
@@ -92,7 +93,7 @@ def faults(
         passed = bool(reached) and not faults_report.unexpected(reached, known)
     if json_file is not None:
         faults_report.write_json(hunts, seconds, json_file)
-    sys.exit(0 if passed else 1)
+    sys.exit(EQUIVALENT if passed else NOT_EQUIVALENT)
 
 
 def _chosen(only: str, registry: dict[str, Fault]) -> list[Fault]:

@@ -11,6 +11,7 @@ import click
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.case import TRANSPORTS, Case
+from twinmoe.oracle.exit_codes import COULD_NOT_RUN, EQUIVALENT, NOT_EQUIVALENT
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.golden import (
     Comparison,
@@ -128,7 +129,7 @@ def record_command(
             recording = record(chosen, trial, device, lambda _: advance())
         except (NotEquivalentError, WorkerFailure) as failure:
             say(f"{type(failure).__name__}: {failure}")
-            sys.exit(1)
+            sys.exit(NOT_EQUIVALENT)
     try:
         save(recording, file)
     except OSError as error:
@@ -200,5 +201,5 @@ def compare_command(
 
 def _exit_code(comparison: Comparison) -> int:
     if comparison.equivalent:
-        return 0
-    return 1 if comparison.decided else 2
+        return EQUIVALENT
+    return NOT_EQUIVALENT if comparison.decided else COULD_NOT_RUN

@@ -7,10 +7,16 @@ import click
 from rich.table import Table
 
 from twinmoe.oracle import doctor as diagnosis
+from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_EQUIVALENT
 from twinmoe.oracle.failures import name_ranks
 from twinmoe.oracle.killswitch import Result, validate
 from twinmoe.oracle.killswitch_checks import Place
-from twinmoe.oracle.terminal import console, device_option, say, timeout_option
+from twinmoe.oracle.terminal import (
+    console,
+    device_option,
+    say,
+    timeout_option,
+)
 from twinmoe.oracle.torchrun import open_world
 
 
@@ -38,7 +44,7 @@ def killswitch(ep: int, device: str, fault: str, timeout: float) -> None:
             told = f"\n{result.check}: {blamed}{result.wrong}"
             say(told)
     say(verdict(results, place))
-    sys.exit(0 if all(result.holds for result in results) else 1)
+    sys.exit(EQUIVALENT if all(result.holds for result in results) else NOT_EQUIVALENT)
 
 
 def table(results: Sequence[Result]) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor
 from twinmoe.oracle.bits import as_bits, same_bits
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.scenario import Scenario
+from twinmoe.oracle.side_effects import noticed
 from twinmoe.oracle.subject import Call, Changeable, Guarded, Subject, SubjectFactory
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.placement import Placement
@@ -32,14 +33,17 @@ class LiveLayer:
         self._scenario, self._context, self._factory = scenario, context, factory
         self._placement = Placement(scenario.config.num_experts, len(scenario.hidden()))
         self._hold(self._made(scenario.version))
-        self.subject: Subject = factory(scenario, self._weights, context)
+        self._left: list[str] = []
+        self.subject = self._built()
 
     def observe(self, hidden_TH: Tensor, call: Call) -> tuple[RankObservation, list[str]]:
         """Run one forward; say what it overwrote that was not its own to write."""
         hidden_TH = hidden_TH.to(self._context.device)
         before = hidden_TH.clone()
-        observation = self.subject.observe(hidden_TH, call)
-        complaints = []
+        complaints, self._left = self._left, []
+        with noticed("the forward") as left:
+            observation = self.subject.observe(hidden_TH, call)
+        complaints += left
         if not same_bits(hidden_TH, before):
             complaints.append("the forward overwrote its input")
         if _digest(self._weights) != self._digest:
@@ -56,7 +60,13 @@ class LiveLayer:
             self._digest = _digest(self._weights)
         else:
             self._hold(weights)
-            self.subject = self._factory(self._scenario, weights, self._context)
+            self.subject = self._built()
+
+    def _built(self) -> Subject:
+        with noticed("building the layer") as left:
+            subject = self._factory(self._scenario, self._weights, self._context)
+        self._left += left
+        return subject
 
     def _hold(self, weights: MoEWeights) -> None:
         self._weights, self._digest = weights, _digest(weights)

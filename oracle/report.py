@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.check import CellResult, Summary
+from twinmoe.oracle.cell_result import CellResult
+from twinmoe.oracle.check import Summary
 from twinmoe.oracle.failures import WorkerFailure, WorkerHang, account
 from twinmoe.oracle.layer_space import standing_still
 from twinmoe.oracle.strategies import Cell
@@ -110,7 +111,7 @@ def failures(summary: Summary) -> list[str]:
     told = []
     for result in summary.results:
         if result.worker_failure is not None:
-            told.append(_failed(result.cell, *result.worker_failure, summary, result.answered))
+            told.append(_failed(result, *result.worker_failure, summary))
         if result.failure is not None:
             text = f"{_named(result.cell, summary)}: {result.failure.explain()}"
             first = result.first_failure
@@ -120,9 +121,11 @@ def failures(summary: Summary) -> list[str]:
     return told
 
 
-def _failed(cell: Cell, case: Case, failure: WorkerFailure, summary: Summary, answered: int) -> str:
+def _failed(result: CellResult, case: Case, failure: WorkerFailure, summary: Summary) -> str:
     """A worker's failure: of anyone's layer, its own line first, and what it did answer."""
-    replay = f"\n  reproduce: twinmoe replay{summary.plan.asked} '{case}'"
+    cell, answered, again = result.cell, result.answered, result.recurrence
+    note = f"\n  {again.note}" if again.note else ""
+    replay = f"{note}\n  reproduce: {again.line(summary.plan.asked, case)}"
     if summary.plan.subject is None:
         return f"{cell}: {type(failure).__name__}: {failure}{replay}"
     hang = isinstance(failure, WorkerHang)
@@ -149,12 +152,18 @@ def show(summary: Summary, console: Console, verified: str) -> None:
     if len(told) > 5:
         console.print(f"\n... and {len(told) - 5} more failing cells", markup=False)
     console.print(f"\n{throughput(summary)}", highlight=False)
+    for case, what in summary.cut_off[:5]:
+        console.print(f"\nended from outside in '{case}': {what}", markup=False, soft_wrap=True)
     word = "equivalent" if summary.equivalent else "NOT equivalent"
+    if summary.equivalent and summary.cut_off:
+        word = f"no verdict ({len(summary.cut_off)} ended from outside, nothing else wrong)"
     console.print(
         f"{word}: {summary.cases} cases in {len(summary.results)} cells, "
         f"{summary.seconds:.0f} s, seed {summary.plan.seed}",
         highlight=False,
     )
+    if summary.stopped:
+        console.print(f"not run: the cells after these: {summary.stopped}", markup=False)
     if verified:
         console.print(verified, highlight=False, soft_wrap=True)
 
@@ -162,13 +171,14 @@ def show(summary: Summary, console: Console, verified: str) -> None:
 def as_json(summary: Summary) -> dict[str, Any]:
     """Everything the table shows, and the failures, for a program to read."""
     return {
-        "equivalent": summary.equivalent,
+        "equivalent": summary.equivalent and not summary.cut_off,
         "cases": summary.cases,
         "seconds": round(summary.seconds, 3),
         "seed": summary.plan.seed,
         "fault": summary.plan.fault or None,
         "cells": [_cell_json(result.cell, result) for result in summary.results],
         "failures": failures(summary),
+        "ended_from_outside": [f"'{case}': {what}" for case, what in summary.cut_off],
         "stood_still": standing_still(summary.configs),
         "left_out": dict(summary.left_out),
     }

@@ -48,14 +48,6 @@ def _given(name: str) -> bool:
     return source is not ParameterSource.DEFAULT
 
 
-def could_not_run(summary: Summary) -> str:
-    """Say that there is no verdict."""
-    return (
-        f"could not run {summary.plan.asked.split()[-1]}: no case was answered, so there "
-        "is no verdict"
-    )
-
-
 def not_judged(summary: Summary) -> str:
     """Say what a check of anyone's layer left open: its last words."""
     told = []

@@ -12,9 +12,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from twinmoe.oracle.exit_codes import COULD_NOT_RUN
 from twinmoe.reference.config import ConfigError
-
-EQUIVALENT, NOT_EQUIVALENT, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
 #: Columns of a log, which has none of its own: as wide as tables want to be.
 _LOG_COLUMNS = 120

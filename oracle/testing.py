@@ -75,6 +75,8 @@ def equivalence_property(
                 report_multiple_bugs=False,
             )
             untimed(given(drawn)(search))()
+            trial.require_alive(ep_size)
+            assert not trial.cut_off, f"no verdict: ended from outside: {trial.cut_off}"
 
     return test_layer_is_equivalent
 

@@ -4,8 +4,8 @@
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -13,7 +13,8 @@ from typing import Self
 from twinmoe.oracle import breadcrumbs, faults
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.diagnose import diagnosis_of, telling
-from twinmoe.oracle.failures import WorkerFailure
+from twinmoe.oracle.failures import SetUpError, WorkerFailure, WorkerLost
+from twinmoe.oracle.recurrence import Recurrence
 from twinmoe.oracle.relations import require_relation
 from twinmoe.oracle.resources import held, left_since
 from twinmoe.oracle.scenario import Change
@@ -25,6 +26,11 @@ from twinmoe.oracle.torchrun import TorchrunWorld, open_world
 from twinmoe.oracle.verdict import Finding, Verdict, earlier
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
+
+
+def _open(context: RankContext, subjects: Sequence[str]) -> None:
+    """Import the subjects on this rank; what a case needs of ours is imported with this module."""
+    load_layers(context, subjects)
 
 
 def observe_case(
@@ -56,7 +62,8 @@ def observe_case(
 class Outcome:
     """The verdicts on one case, by subject, and what they cost in seconds.
 
-    ``diagnosis`` names mistakes that explain a failure: see :meth:`Trial.diagnose`.
+    ``diagnosis`` names mistakes that explain a failure: see :meth:`Trial.diagnose`.  ``before``
+    are the cases that the same workers had played, and ``recurrence`` is how it fails again.
     ``left_out``: what the history asked of a layer that does not offer it.
     """
 
@@ -67,6 +74,8 @@ class Outcome:
     judge_seconds: float = 0.0
     diagnosis: list[str] = field(default_factory=list)
     left_out: frozenset[str] = frozenset()
+    before: tuple[Case, ...] = ()
+    recurrence: Recurrence = field(default_factory=Recurrence)
 
     @property
     def equivalent(self) -> bool:
@@ -88,7 +97,8 @@ class Outcome:
         told += [f"  this is what one gets if {mistake}" for mistake in self.diagnosis]
         plain = [name for name in self.verdicts if name not in SUBJECTS]
         asked = "".join(f" --subject {name}" for name in plain)
-        return "\n".join([*told, f"  reproduce: twinmoe replay{asked} '{self.case}'"])
+        told += [f"  {self.recurrence.note}"] if self.recurrence.note else []
+        return "\n".join([*told, f"  reproduce: {self.recurrence.line(asked, self.case)}"])
 
 
 #: What may be wrong, if nothing is once no rank goes ahead.
@@ -108,6 +118,10 @@ class Trial:
     ) -> None:
         self._device, self._timeout_s, self._subjects = device, timeout_s, tuple(subjects)
         self._worlds: dict[int, World | TorchrunWorld] = {}
+        #: Cases in which something ended a rank from outside, and what.
+        self.cut_off: list[tuple[Case, str]] = []
+        #: The cases that the workers of each world have played since their start.
+        self._played: dict[int, list[Case]] = {}
 
     def run(self, case: Case) -> Outcome:
         """Observe and judge ``case``.
@@ -116,7 +130,7 @@ class Trial:
         does not apply.
         """
         require_relation(case)
-        outcome = Outcome(case)
+        outcome = Outcome(case, before=tuple(self._played.get(case.ep_size, ())))
         start = time.perf_counter()
         showings = self.observe(case, self._subjects)
         observed = time.perf_counter()
@@ -128,6 +142,64 @@ class Trial:
         outcome.judge_seconds = time.perf_counter() - observed
         self._look_closer(outcome)
         return outcome
+
+    def fails_again(self, cases: Sequence[Case]) -> bool:
+        """Play ``cases``, of equally many ranks, in a fresh world; whether the last one fails.
+
+        Where an earlier one fails so that its workers end, nothing is left that could matter.
+        """
+        *earlier, last = cases
+        if (world := self._worlds.pop(last.ep_size, None)) is not None:
+            world.close()
+        try:
+            for case in earlier:
+                self.observe(case, self._subjects)
+        except WorkerFailure:
+            return False
+        try:
+            return bool(self.run(last).findings)
+        except WorkerFailure:
+            return True
+
+    def require_alive(self, ep_size: int) -> None:
+        """Raise WorkerLost, with the case at fault, if a worker ended since its last answer.
+
+        What ended it from outside is kept in ``cut_off`` instead.
+        """
+        world = self._worlds.get(ep_size)
+        if not isinstance(world, World):
+            return
+        try:
+            with self._remembered(ep_size):
+                world.require_alive()
+        except WorkerLost as lost:
+            if lost.outside is None:
+                raise
+            self.cut_off.append((lost.case, str(lost)))
+
+    @contextmanager
+    def _remembered(self, ep_size: int) -> Iterator[None]:
+        """Give a failure the history of its workers, which ends with it."""
+        try:
+            yield
+        except WorkerFailure as failure:
+            *before, last = self._played.pop(ep_size)
+            # The last case is the one that was asked, or after which a worker was lost.
+            failure.case, failure.before = last, tuple(before)
+            raise
+
+    def require_subjects_own(self, case: Case, failure: WorkerFailure) -> None:
+        """Raise SetUpError where anyone's layer has no part in ``failure``.
+
+        What was raised outside the layer, in code of ours, may yet be its doing.  The readable
+        twin decides: it fails alike where it is not.
+        """
+        if failure.is_in_layer or all(name in SUBJECTS for name in self._subjects):
+            return
+        try:
+            self.observe(case, ("reference",))
+        except WorkerFailure:
+            raise SetUpError(failure) from failure
 
     def diagnose(self, outcome: Outcome) -> None:
         """Put into ``outcome`` what explains its failures, by a run of it and of a telling case."""
@@ -174,11 +246,45 @@ class Trial:
     ) -> list[dict[str, Showing]]:
         """Play ``case`` with each subject; return every rank's showings, unjudged.
 
-        ``change`` is made to its history, with ``ep_size`` ranks where it asks for others.
-        ``in_step``: no rank starts a forward before all have looked at the one before.
+        What was ended from outside is kept in ``cut_off``, and asked once more of fresh workers:
+        an end of the layer's own comes again.  Raises WorkerFailure.  ``change`` is made to its
+        history, with ``ep_size`` ranks where it asks for others.  ``in_step``: no rank starts a
+        forward before all have looked at the one before.
         """
-        world = self._world(ep_size or case.ep_size)
-        return world.run(observe_case, case, tuple(subjects), change, in_step)
+        size = ep_size or case.ep_size
+        self.require_alive(size)
+        asked = case, tuple(subjects), change, in_step
+        try:
+            return self._play(size, *asked)
+        except WorkerFailure as failure:
+            if failure.outside is None:
+                raise
+            first = str(failure)
+        try:
+            showings = self._play(size, *asked)
+        except WorkerFailure as again:
+            if again.outside is not None and again.outside.proven:
+                self.cut_off.append((case, str(again)))
+            else:
+                again.outside = None  # it has come again: the layer's own
+            raise
+        self.cut_off.append((case, first))
+        return showings
+
+    def _play(
+        self,
+        size: int,
+        case: Case,
+        subjects: tuple[str, ...],
+        change: Change | None,
+        in_step: bool,
+    ) -> list[dict[str, Showing]]:
+        world = self._world(size)
+        played = self._played.setdefault(size, [])
+        if case not in played[-1:]:
+            played.append(case)
+        with self._remembered(size):
+            return world.run(observe_case, case, subjects, change, in_step)
 
     def close(self) -> None:
         """End all workers."""
@@ -199,6 +305,7 @@ class Trial:
 
     def _world(self, ep_size: int) -> World | TorchrunWorld:
         if ep_size not in self._worlds:
-            opening = load_layers, (self._subjects,)
+            self._played.pop(ep_size, None)
+            opening = _open, (self._subjects,)
             self._worlds[ep_size] = open_world(ep_size, self._device, self._timeout_s, opening)
         return self._worlds[ep_size]

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from twinmoe.optimized.communication import pool_setup
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.optimized.triton_runtime import kernels_run_on
-from twinmoe.oracle import wire
+from twinmoe.oracle import descendants, last_words, wire
 from twinmoe.oracle.breadcrumbs import Recorder, Trail
 from twinmoe.oracle.failures import Raised
+from twinmoe.oracle.side_effects import watch_for_starts
 
 #: Sent by the driver in place of a task: leave the group and end.
 GOODBYE = b""
@@ -74,10 +75,13 @@ def serve(
     # Ctrl-C reaches the whole terminal; the driver alone decides what becomes of the world.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _adopt(environment)
+    descendants.adopt_orphans()
+    watch_for_starts()
+    owner = os.getpid()
     torch.set_num_threads(1)
     recorder = Recorder(trails[post.rank])
     tasks: SimpleQueue[bytes] = SimpleQueue()
-    with post.stack_file.open("w") as stack_file:
+    with post.stack_file.open("w") as stack_file, last_words.written_to(stack_file):
         faulthandler.register(STACK_SIGNAL, stack_file, all_threads=False)
         threading.Thread(target=_listen, args=(post, connection, tasks), daemon=True).start()
         context = _attempt(lambda: _join(post))
@@ -85,7 +89,10 @@ def serve(
         connection.send_bytes(wire.dumps(context if isinstance(context, Raised) else None))
         while (data := tasks.get()) != GOODBYE:
             recorder.begin_task()
-            connection.send_bytes(_answer(data, context))
+            answer = _answer(data, context)
+            if os.getpid() != owner:  # a copy, forked by the task, answers for nobody
+                os._exit(0)
+            connection.send_bytes(answer)
         faulthandler.unregister(STACK_SIGNAL)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,7 +8,6 @@ that caused it, and the next task starts new ones.
 
 import pickle
 import time
-import warnings
 from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any, Self, TypeVar
@@ -17,14 +16,19 @@ from twinmoe.oracle import wire
 from twinmoe.oracle.crew import Crew
 from twinmoe.oracle.failures import (
     Raised,
+    SetUpError,
     WorkerDied,
     WorkerError,
+    WorkerFailure,
     WorkerHang,
+    WorkerLost,
     is_secondary,
-    name_ranks,
     suspects,
     tell,
 )
+from twinmoe.oracle.outside import Outside, lost_device
+from twinmoe.oracle.patience import Stopwatch
+from twinmoe.oracle.places import standing_at
 
 T = TypeVar("T")
 
@@ -43,7 +47,8 @@ class World:
     """``size`` persistent worker processes in one ``torch.distributed`` group.
 
     ``device`` is ``"cpu"`` (gloo) or ``"cuda"`` (gloo and nccl, rank r on device r).
-    A task hangs when for ``timeout_s`` seconds no rank starts an operation or answers.
+    A task hangs when for ``timeout_s`` seconds no rank starts an operation or answers; seconds in
+    which a rank had to wait for a core do not count.
     Workers start with the first task, and again with the first task after a failure; what they
     have to import is best done by ``opening``, which has the patience of a start.
     """
@@ -83,10 +88,26 @@ class World:
         ``function`` is importable at module level.  Tensors arrive as contiguous CPU
         tensors, in ``args`` and in results; both should stay below a megabyte.
 
-        Raises ``WorkerDied``, ``WorkerError`` or ``WorkerHang``, after which all workers are gone.
+        Raises ``WorkerDied``, ``WorkerError`` or ``WorkerHang``, after which all workers are gone,
+        ``WorkerLost``, before it runs anything, as ``require_alive`` does, and ``SetUpError``
+        where workers did not start.
         """
         task = wire.dump_task((function, args))
         return self._answers(self._ready(), self.timeout_s, task)
+
+    def require_alive(self) -> None:
+        """Raise WorkerLost if a worker ended since its last answer; then all workers are gone."""
+        gone = self._crew.departed() if self._crew is not None else []
+        if self._crew is None or not gone:
+            return
+        crew, rank = self._crew, gone[0]
+        code, stack = crew.exit_code(rank), crew.last_stack(rank)
+        outside = crew.killed_from_outside(rank)
+        told = "after its answer to the task before"
+        prints = crew.footprints()
+        self._kill()
+        told = _with_cause(told, outside)
+        raise _from(outside, WorkerLost(rank, code, prints, told, {rank: stack}))
 
     def close(self) -> None:
         """End the workers in good order; a later ``run`` starts new ones."""
@@ -102,18 +123,17 @@ class World:
 
     def _ready(self) -> Crew:
         if self._crew is not None:
-            gone = self._crew.departed()
-            if not gone:
-                return self._crew
-            self._kill()
-            # The coming task is innocent of a death between tasks, which yet must be told.
-            warnings.warn(f"{name_ranks(gone)} died between two tasks; respawning", stacklevel=3)
+            self.require_alive()
+            return self._crew
         start = time.monotonic()
         self._crew = Crew(self.size, self.device)
         patience_s = max(_START_S, self.timeout_s)
-        self._answers(self._crew, patience_s)
-        if self._opening is not None:
-            self._answers(self._crew, patience_s, wire.dump_task(self._opening))
+        try:
+            self._answers(self._crew, patience_s)
+            if self._opening is not None:
+                self._answers(self._crew, patience_s, wire.dump_task(self._opening))
+        except WorkerFailure as failure:
+            raise SetUpError(failure) from failure
         self.spawn_seconds.append(time.monotonic() - start)
         return self._crew
 
@@ -149,19 +169,16 @@ class _Watch:
 
     def wait(self) -> None:
         """Return once every rank answered or died, or others failed to after a failure."""
-        last_progress, progress = time.monotonic(), -1
-        failed_at: float | None = None
+        watch, progress = Stopwatch([process.pid or 0 for process in self._crew.processes]), -1
+        failed = False
         while len(self.answers.keys() | self._deaths.keys()) < len(self._ranks):
             heard = self._listen()
-            now = time.monotonic()
-            if heard or progress != self._crew.progress():
-                last_progress, progress = now, self._crew.progress()
-            if failed_at is None and (self._deaths or self._raised()):
-                failed_at = now
-            if failed_at is not None and now - failed_at > _GRACE_S:
-                return
-            if failed_at is None and now - last_progress > self._timeout_s:
-                self._hung = True
+            # After a failure what the others still do counts for nothing: their time is measured.
+            if not failed and (heard or progress != self._crew.progress()):
+                progress, failed = self._crew.progress(), bool(self._deaths or self._raised())
+                watch.restart()
+            if watch.look() > (_GRACE_S if failed else self._timeout_s):
+                self._hung = not failed
                 return
 
     def check(self) -> None:
@@ -170,17 +187,24 @@ class _Watch:
         returned = [rank for rank, x in self.answers.items() if not isinstance(x, Raised)]
         if self._deaths:
             rank, code = next(iter(self._deaths.items()))
-            raise WorkerDied(rank, code, prints, tell(prints, returned))
+            stacks = {rank: self._crew.last_stack(rank)}
+            outside = self._crew.killed_from_outside(rank)
+            told = _with_cause(tell(prints, returned), outside)
+            raise _from(outside, WorkerDied(rank, code, prints, told, stacks))
         if raised := self._raised():
             causes = {r: e for r, e in raised.items() if not is_secondary(e.text)} or raised
             first = next(iter(causes.values()))
             ranks = sorted(rank for rank, cause in causes.items() if str(cause) == str(first))
-            raise WorkerError(ranks, first, prints, tell(prints, returned))
+            told = tell(prints, returned)
+            raise _from(lost_device(first.text), WorkerError(ranks, first, prints, told))
         if self._hung:
             open_ranks = [rank for rank in self._ranks if rank not in self.answers]
-            places = self._crew.places(open_ranks)
-            told = tell(prints, returned, places)
-            raise WorkerHang(suspects(prints, returned), self._timeout_s, prints, told)
+            outside = self._crew.stopped_from_outside(open_ranks)
+            stacks = self._crew.stacks(open_ranks)
+            places = {rank: at for rank, stack in stacks.items() if (at := standing_at(stack))}
+            told = _with_cause(tell(prints, returned, places), outside)
+            ranks = suspects(prints, returned)
+            raise _from(outside, WorkerHang(ranks, self._timeout_s, prints, told, stacks))
 
     def _raised(self) -> dict[int, Raised]:
         return {rank: x for rank, x in self.answers.items() if isinstance(x, Raised)}
@@ -215,3 +239,12 @@ class _Watch:
             self._deaths[rank] = self._crew.exit_code(rank)
         else:
             self.answers[rank] = pickle.loads(data)
+
+
+def _with_cause(told: str, outside: Outside | None) -> str:
+    return told if outside is None else f"{outside.words}\n  {told}"
+
+
+def _from(outside: Outside | None, failure: WorkerFailure) -> WorkerFailure:
+    failure.outside = outside
+    return failure

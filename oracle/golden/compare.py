@@ -96,14 +96,9 @@ class Comparison:
         return [one for one in self.cases if not one.equivalent and not one.undecided]
 
     @property
-    def unanswered(self) -> bool:
-        """Anyone's layer failed in every case: then nothing was compared."""
-        return not self.target.is_own and all(one.verdict is None for one in self.cases)
-
-    @property
     def decided(self) -> bool:
         """Some case shows something, of which an undecided one shows nothing."""
-        return not self.unanswered and any(not one.undecided for one in self.cases)
+        return any(not one.undecided for one in self.cases)
 
     @property
     def equivalent(self) -> bool:

@@ -151,8 +151,6 @@ def left_open(comparison: Comparison) -> list[str]:
 def verdict_line(comparison: Comparison) -> str:
     """The verdict, and where it is not equivalent the first stages at fault."""
     count = sum(not compared.undecided for compared in comparison.cases)
-    if comparison.unanswered:
-        return f"could not run {comparison.target.subject}: no case was answered"
     if not comparison.decided:
         return "nothing shown: every case is undecided"
     if comparison.equivalent:

@@ -3,14 +3,15 @@
 Trials are acted here, so that the search itself is what is tested; tests/meta plants real faults.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from twinmoe.oracle.case import MODES, Case
-from twinmoe.oracle.check import SHRINK_TRIALS, CellResult, Plan, Summary, check, plan_cells
+from twinmoe.oracle.cell_result import CellResult
+from twinmoe.oracle.check import SHRINK_TRIALS, Plan, Summary, check, plan_cells
 from twinmoe.oracle.contracts import reference_contract
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerDied
@@ -34,6 +35,17 @@ class ActedTrial:
     ) -> None:
         self.wrong, self.deadly = wrong, deadly
         self.cases: list[Case] = []
+        self.cut_off: list[tuple[Case, str]] = []
+
+    def require_alive(self, ep_size: int) -> None:
+        """Whoever is left is well."""
+
+    def fails_again(self, cases: Sequence[Case]) -> bool:
+        """Failures of this trial are of one case alone."""
+        return self.wrong(cases[-1]) or self.deadly(cases[-1])
+
+    def require_subjects_own(self, case: Case, failure: WorkerDied) -> None:
+        """Whoever acts dead is dead by himself."""
 
     def run(self, case: Case) -> Outcome:
         """Return a verdict, or raise as a dead worker does."""

@@ -267,25 +267,28 @@ def test_the_command_names_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("layer", ["raising", "wrong_shape", "without_contract"])
-def test_a_layer_that_never_answers_could_not_run(layer: str) -> None:
-    """Exit 2 and no table: there is nothing to judge; the layer's own line comes first."""
+def test_a_layer_that_never_answers_is_not_equivalent(layer: str) -> None:
+    """Exit 1 from the first case on: what fails is the layer; its own line leads its account."""
     run = ["check", "--subject", named(layer), "--dtype", "bf16"]
     result = CliRunner().invoke(cli.main, run)
-    assert result.exit_code == cli.COULD_NOT_RUN
-    assert "no case was answered" in result.stderr
-    assert "twinmoe replay --subject" in result.stderr
-    assert "equivalent" not in result.stdout
-    if layer != "without_contract":  # a missing contract has no line
-        assert result.stderr.startswith(FILE)
+    assert result.exit_code == cli.NOT_EQUIVALENT
+    assert "before it 0 were answered" in result.stdout
+    assert "twinmoe replay --subject" in result.stdout
+    assert "NOT equivalent: 1 cases in 1 cells" in result.stdout
     again = CliRunner().invoke(cli.main, ["replay", "--subject", named(layer), LINE])
-    assert again.exit_code == cli.COULD_NOT_RUN
+    assert again.exit_code == cli.NOT_EQUIVALENT
+    if layer != "without_contract":  # a missing contract has no line
+        assert f"\n{FILE}:" in result.stdout
+        assert again.stdout.startswith(FILE)
 
 
 def test_the_line_that_is_told_is_the_layers_own() -> None:
     """The last one in its file, not the adapter's before nor a library's behind it."""
     run = ["check", "--subject", named("raising"), "--dtype", "bf16"]
-    told = CliRunner().invoke(cli.main, run).stderr.splitlines()[0]
-    assert told.endswith("in kernel: RuntimeError: no such kernel (on rank 0)")
+    told = CliRunner().invoke(cli.main, run).stdout
+    assert re.search(
+        r"plain_layers\.py:\d+ in kernel: RuntimeError: no such kernel \(on rank 0\)", told
+    )
 
 
 def test_a_layer_that_answers_some_cases_is_not_equivalent(tmp_path: Path) -> None:

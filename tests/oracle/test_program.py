@@ -100,6 +100,17 @@ def test_ctrl_c_leaves_nothing_and_gives_no_verdict(processes: int, whole_termin
     assert segments() <= before
 
 
+def test_ctrl_c_during_imports_is_one_line() -> None:
+    """Before anything of the command has run: exit 130, and no traceback."""
+    with Program("contracts") as program:
+        maps = Path(f"/proc/{program.process.pid}/maps")
+        program.wait_for(lambda: "libtorch" in maps.read_text(), 60)
+        program.interrupt(whole_terminal=False)
+        _, stderr = program.process.communicate(timeout=60)
+    assert program.process.returncode == cli.INTERRUPTED
+    assert stderr == "twinmoe: interrupted; no verdict\n"
+
+
 @pytest.mark.slow
 def test_a_check_whose_workers_die_leaves_nothing_behind() -> None:
     """Killed ranks: exit 1, each cell's death told by name, no process and no segment left."""

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.check import CellResult, Plan, Summary, plan_cells
+from twinmoe.oracle.cell_result import CellResult
+from twinmoe.oracle.check import Plan, Summary, plan_cells
 from twinmoe.oracle.contracts import reference_contract
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerHang

@@ -106,11 +106,11 @@ def test_without_a_fit_the_nearest_is_told() -> None:
     assert "no matter of rounding alone" in told
 
 
-def test_a_layer_that_raises_could_not_be_looked_at() -> None:
-    """Exit 2, and the line of the layer first."""
+def test_a_layer_that_raises_fits_no_contract() -> None:
+    """Exit 1, and the line of the layer first."""
     run = ["calibrate", "--suggest-contract", "--subject", f"{FILE}:raising", "--timeout", "60"]
     result = CliRunner().invoke(cli.main, run)
-    assert result.exit_code == cli.COULD_NOT_RUN
+    assert result.exit_code == cli.NOT_EQUIVALENT
     assert re.match(rf"{re.escape(FILE)}:\d+ in kernel: RuntimeError: no such", result.stderr)
 
 

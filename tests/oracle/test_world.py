@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from twinmoe.oracle.failures import WorkerDied, WorkerError, WorkerFailure, WorkerHang
+from twinmoe.oracle.failures import WorkerDied, WorkerError, WorkerFailure, WorkerHang, WorkerLost
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
 
@@ -213,15 +213,16 @@ def test_failures_leak_no_file_descriptors() -> None:
 
 
 def test_a_death_between_tasks_does_not_blame_the_next_task() -> None:
-    """A worker that died while idle is replaced with a warning."""
+    """A worker that ended while idle is an error of its own, before the next task runs."""
     with World(2) as world:
         world.run(_sum_of_ranks)
         victim = world.pids[1]
         os.kill(victim, signal.SIGKILL)
         # A zombie may still have threads that hold its pipe open; a reaped process has none.
         assert _wait_until(lambda: not Path(f"/proc/{victim}").exists())
-        with pytest.warns(UserWarning, match="rank 1 died between two tasks"):
+        with pytest.raises(WorkerLost, match="rank 1 was killed by signal 9"):
             world.run(_sum_of_ranks)
+        assert len(world.run(_sum_of_ranks)) == 2
         assert world.respawns == 1
 
 

@@ -76,13 +76,12 @@ def test_a_worker_that_dies_is_an_error_of_its_case(run: Run, file: Path, tmp_pa
     assert len(root.findall("testcase")) == 2
 
 
-def test_a_layer_that_answers_nothing_has_no_verdict(run: Run, file: Path) -> None:
-    """Exit 2, as everywhere where nothing could be run; each case tells where the layer raised."""
+def test_a_layer_that_answers_nothing_is_not_equivalent(run: Run, file: Path) -> None:
+    """Exit 1: what fails is the layer; each case tells where it raised."""
     result = run("compare", file, "--subject", f"{LAYERS}:raising")
-    assert result.exit_code == cli.COULD_NOT_RUN, result.output
+    assert result.exit_code == cli.NOT_EQUIVALENT, result.output
     assert "no such kernel" in result.stdout
-    last = result.stdout.splitlines()[-1]
-    assert last == f"could not run {LAYERS}:raising: no case was answered"
+    assert "at fault: a worker failed" in result.stdout.splitlines()[-1]
 
 
 _CHOICES = ("different ways", "--suite", "--case", "--model")

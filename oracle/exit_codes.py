@@ -1,0 +1,8 @@
+"""Exit codes of all commands, in a module that imports nothing: Ctrl-C may need one at once."""
+
+EQUIVALENT = 0
+NOT_EQUIVALENT = 1
+COULD_NOT_RUN = 2
+#: The system, or somebody, ended or stopped a rank: that says nothing about its layer.
+ENDED_FROM_OUTSIDE = 3
+INTERRUPTED = 130
