@@ -3,14 +3,17 @@
 Legend: N rows of the bucket, H hidden_size.
 """
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from twinmoe.optimized import launch
 from twinmoe.optimized.communication.eligibility import Tier
-from twinmoe.optimized.communication.pool_setup import release_pools
+from twinmoe.optimized.communication.errors import PeerTimeout
+from twinmoe.optimized.communication.pool_setup import pools_of, release_pools
 from twinmoe.optimized.graph import GraphRunner
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
@@ -185,3 +188,28 @@ def gather_over_tiers(context: RankContext) -> bool:
         gathered = layer.transport.all_gather([odd, rows_NH])
         received.append([tensor.clone().view(torch.int16) for tensor in gathered])
     return all(torch.equal(ours, theirs) for ours, theirs in zip(*received, strict=True))
+
+
+def wait_in_vain(context: RankContext) -> tuple[str, float]:
+    """Let rank 0 gather and no peer with it; what it then says, and how long its GPU waited."""
+    release_pools(context.group)
+    layer = layer_of(context)
+    rows_NH = batch(context, CONFIG, BUCKET, 0)
+    layer.transport.all_gather([rows_NH])  # compiles
+    torch.cuda.synchronize()
+    dist.barrier(group=context.group)
+    said, begun = "", time.monotonic()
+    if context.rank == 0:
+        pool = next(iter(pools_of(context.group)))
+        pool.memory.signal_pad_ptrs[-1] = 2 * 10**9
+        layer.transport.mistrust()
+        layer.transport.all_gather([rows_NH])
+        torch.cuda.synchronize()
+        try:
+            layer.check_peers()
+        except PeerTimeout as error:
+            said = str(error)
+    seconds = time.monotonic() - begun
+    dist.barrier(group=context.group)
+    release_pools(context.group)
+    return said, seconds

@@ -14,6 +14,7 @@ from tests.gpu.layers import (
     endure,
     flip_kill_switch,
     gather_over_tiers,
+    wait_in_vain,
 )
 from twinmoe.optimized.communication.eligibility import Tier
 from twinmoe.optimized.experts import backend_report
@@ -87,3 +88,12 @@ def test_layers_of_different_shapes_share_a_pool(world: World) -> None:
 def test_a_gather_is_the_same_bits_on_every_tier(world: World) -> None:
     """NaN payloads, infinities and subnormals included."""
     assert all(world.run(gather_over_tiers))
+
+
+def test_a_gpu_that_waits_for_an_absent_rank_gives_up(world: World) -> None:
+    """Two seconds of the device's clock for two barriers, and the rank's name; nothing hangs."""
+    if world.size == 1:
+        pytest.skip("a group of one waits for nobody")
+    (said, seconds), *_ = world.run(wait_in_vain)
+    assert said.startswith("rank 0 timed out waiting for rank 1,")
+    assert 2 <= seconds < 3
