@@ -171,12 +171,16 @@ class RoutingTruth:
         return distinct & (good | unranked)
 
     def ambiguous(self) -> Tensor:
-        """Bool [T]: tokens whose exact selection is not the only admissible one."""
+        """Bool [T]: tokens whose exact selection is not the only admissible one, and matters.
+
+        Where every score is NaN, so is every weight, and the answer of whatever experts.
+        """
         low, high = self._interval()
         rivals = self._experts_of(self._group_ranks()[0]).scatter(1, self.ids_TK, False)
         near = high[:, None, :] >= low.gather(1, self.ids_TK)[:, :, None]
         near &= rivals[:, None, :] & ~self._tied_with(self.ids_TK)
-        return near.flatten(1).any(dim=-1) | self._groups_ambiguous()
+        near_T = near.flatten(1).any(dim=-1) | self._groups_ambiguous()
+        return near_T & ~self.score_TE.value.isnan().all(dim=-1)
 
     def best_rival(self, ids_TK: Tensor) -> Tensor | None:
         """[T]: the highest-ranked expert of each token that ``ids_TK`` leaves out; None if none."""
