@@ -22,6 +22,7 @@ from tests.oracle.subjects import (
 )
 from tests.reference.inputs import tokens
 from twinmoe.oracle import RankObservation, Truth, judge
+from twinmoe.oracle.contract import Ties
 from twinmoe.oracle.contracts import graphed_contract, reference_contract
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.weights import MoEWeights
@@ -196,3 +197,17 @@ def test_a_nan_token_neither_flips_nor_lets_others_flip():
     (plain_flips, plain_expected), (flips, expected) = figures
     assert flips <= plain_flips
     assert expected <= plain_expected
+
+
+@pytest.mark.parametrize("answer", [torch.nan, 1.0])
+def test_a_nan_token_without_ids_is_decided(answer):
+    """Ties are open and no ids are shown, yet whoever computes it, its answer is NaN."""
+    config, weights = layer()
+    x_TH = tokens(config, 8, 0)
+    x_TH[3] = torch.nan
+    contract = replace(reference_contract(config), ties=Ties.ANY)
+    seen = reference(config, weights, x_TH, tapped=False)
+    seen.output_TH[3] = answer
+    verdict = judge([seen], Truth(config, weights, [x_TH]), contract)
+    assert (verdict.conclusive, verdict.ambiguous) == (True, 0)
+    assert verdict.equivalent == (answer != 1.0)
