@@ -33,7 +33,7 @@ ROUTINGS = (
     *("free", "one_expert", "one_rank", "ties", "equal", "near_ties", "silent"),
     "alternating",
 )
-BIASES = ("mixed", "negative", "large", "nan", "fine")
+BIASES = ("mixed", "negative", "large", "nan", "fine", "disabled", "disabled_nan")
 LAYOUTS = ("plain", "strided")
 PADDINGS = ("stale", "nan")
 

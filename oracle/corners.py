@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.counts import EDGES, NARROW
 from twinmoe.oracle.history import HISTORIES
+from twinmoe.oracle.published_routings import ROUTINGS_OF_MODELS
 from twinmoe.oracle.strategies import Cell
 from twinmoe.reference.config import MoEConfig
 
@@ -35,6 +36,11 @@ def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) 
         mode=cell.mode,
         **{name: value for name, value in changes.items() if name in own},  # type: ignore[arg-type]
     )
+
+
+def _published(cell: Cell, model: str) -> Case:
+    """The routing of a published model, at the narrowest widths."""
+    return replace(_case(cell), config=replace(ROUTINGS_OF_MODELS[model], dtype=cell.dtype))
 
 
 def _sweep(cell: Cell, counts: tuple[int, ...], **changes: object) -> Case:
@@ -84,8 +90,27 @@ CORNERS: dict[str, Corner] = {
         c, num_experts=max(12, c.ep_size * 3), num_experts_per_tok=max(12, c.ep_size * 3)
     ),
     # Ids that fit no byte, and experts that nobody visits.
-    "more experts than a byte can name": lambda c: _case(
-        c, num_experts=264, hidden_size=24, moe_intermediate_size=16
+    "more experts than a byte can name": lambda c: _published(c, "Kimi-K2"),
+    "128 experts, 8 of them chosen": lambda c: _published(c, "Qwen3-MoE"),
+    # Where widths coincide, no shape tells which axis is which: w2, the router and the batch are
+    # square in the first, w13, ids and the shared expert in the second.
+    "all widths the same": lambda c: _case(
+        c,
+        tuple(16 - rank for rank in range(c.ep_size)),
+        hidden_size=16,
+        moe_intermediate_size=16,
+        num_experts=16,
+        num_experts_per_tok=max(2, c.ep_size),
+        shared_expert_intermediate_size=16,
+    ),
+    "twice the intermediate width is the hidden one": lambda c: _case(
+        c,
+        (4,) * c.ep_size,
+        hidden_size=16,
+        moe_intermediate_size=8,
+        num_experts=max(8, 4 * c.ep_size),
+        num_experts_per_tok=4,
+        shared_expert_intermediate_size=8,
     ),
     "one expert a rank": lambda c: _case(
         c, num_experts=c.ep_size, num_experts_per_tok=min(c.ep_size, 2)
@@ -105,6 +130,15 @@ CORNERS: dict[str, Corner] = {
         scoring_func="sigmoid",
         use_correction_bias=True,
         bias="fine",
+    ),
+    # Fewer finite scores than experts to choose, and a NaN among what remains.
+    "disabled experts": lambda c: _case(
+        c,
+        num_experts=c.ep_size * 4,
+        scoring_func="sigmoid",
+        use_correction_bias=True,
+        bias="disabled_nan",
+        seed=1,
     ),
     "a poisoned token": lambda c: _case(
         c,

@@ -163,11 +163,23 @@ def _targets(case: Case, generator: torch.Generator) -> Tensor:
     return experts[order[: config.num_experts_per_tok]]
 
 
+def _disabled(case: Case, bias_E: Tensor) -> Tensor:
+    """Biases of which so many are -inf that k finite ones remain, or one less; one may be NaN."""
+    left = max(1, case.config.num_experts_per_tok - case.seed % 2)
+    order_E = torch.randperm(len(bias_E), generator=_generator(case.seed))
+    disabled_E = bias_E.index_fill(0, order_E[left:], -torch.inf)
+    if case.bias == "disabled":
+        return disabled_E
+    return disabled_E.index_fill(0, order_E[case.seed % len(bias_E)], torch.nan)
+
+
 def _bias(case: Case, bias_E: Tensor | None) -> Tensor | None:
     if bias_E is None or case.bias == "mixed":
         return bias_E
     if case.bias == "nan":
         return bias_E.index_fill(0, torch.tensor([case.seed % len(bias_E)]), torch.nan)
+    if case.bias.startswith("disabled"):
+        return _disabled(case, bias_E)
     if case.bias == "fine":
         return 1.0 + torch.arange(len(bias_E)) * _GRADE
     return bias_E - 2.0 if case.bias == "negative" else bias_E * 100.0

@@ -86,7 +86,7 @@ def fitted(case: Case, narrow: Narrow) -> Case:
         mode="eager",
         backend="auto",
         wire="fp32",
-        bias=case.bias if config.use_correction_bias and case.bias != "nan" else "mixed",
+        bias=case.bias if _biased(config, case.bias) else "mixed",
         padding="stale",
         history=_played(case.history, beside=narrow(other.config) == other.config),
         relation="",
@@ -99,6 +99,16 @@ def fitted(case: Case, narrow: Narrow) -> Case:
         return plain
     changed = [change.config(config) for change in relation.changes(plain)]
     return replace(plain, relation=case.relation) if all(narrow(c) == c for c in changed) else plain
+
+
+def _biased(config: MoEConfig, bias: str) -> bool:
+    """Whether the choice is clear that such biases leave: NaN has no place in everyone's order.
+
+    Nor has an expert that is disabled, beside those of groups that are left out.
+    """
+    if not config.use_correction_bias or bias in ("nan", "disabled_nan"):
+        return False
+    return bias != "disabled" or config.n_group == 1
 
 
 def _played(history: str, beside: bool) -> str:

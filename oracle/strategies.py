@@ -12,15 +12,18 @@ import torch
 from hypothesis import strategies as st
 
 from twinmoe.optimized.experts import backend_report
-from twinmoe.oracle.case import Case
+from twinmoe.oracle.case import BIASES, Case
 from twinmoe.oracle.counts import crowded, sized
 from twinmoe.oracle.magnitudes import MAGNITUDES
+from twinmoe.oracle.published_routings import ROUTINGS_OF_MODELS
 from twinmoe.oracle.stories import told
 from twinmoe.reference.config import MoEConfig, dtype_name
 
 #: Hidden and intermediate sizes: tile multiples, their neighbours, and odd ones.
 HIDDEN_SIZES = (96, 64, 16, 24, 33, 100, 130, 192, 384)
 INTERMEDIATE_SIZES = (40, 16, 64, 17, 96, 72)
+#: Beyond it, square weights would cost too much.
+_WIDEST_SQUARE = 130
 TOKEN_COUNTS = (3, 1, 2, 0, 5, 8, 9, 16, 17)
 EP_SIZES = (1, 2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,6 +59,9 @@ class Cell:
 @st.composite
 def configs(draw: st.DrawFn, ep_size: int, dtype: torch.dtype) -> MoEConfig:
     """A layer that ``ep_size`` ranks can share, small enough for the interpreter."""
+    if draw(st.sampled_from((False,) * 7 + (True,))):
+        shared_evenly = [c for c in ROUTINGS_OF_MODELS.values() if c.num_experts % ep_size == 0]
+        return replace(draw(st.sampled_from(shared_evenly)), dtype=dtype)
     # One rank alone needs more experts, or its groups have nothing to choose from.
     local = draw(st.sampled_from((3, 2, 4, 1, 5) if ep_size > 2 else (6, 3, 8, 4, 5, 12, 1)))
     experts = ep_size * local
@@ -67,9 +73,10 @@ def configs(draw: st.DrawFn, ep_size: int, dtype: torch.dtype) -> MoEConfig:
     scoring = draw(st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus")))
     gated = draw(st.sampled_from((True, True, False)))
     shared = draw(st.sampled_from((24, 0, 40)))
+    hidden = draw(st.sampled_from(HIDDEN_SIZES))
     return MoEConfig(
-        hidden_size=draw(st.sampled_from(HIDDEN_SIZES)),
-        moe_intermediate_size=draw(st.sampled_from(INTERMEDIATE_SIZES)),
+        hidden_size=hidden,
+        moe_intermediate_size=draw(_intermediate_sizes(hidden)),
         num_experts=experts,
         num_experts_per_tok=k,
         scoring_func=scoring,
@@ -87,6 +94,12 @@ def configs(draw: st.DrawFn, ep_size: int, dtype: torch.dtype) -> MoEConfig:
         router_weight_on_input=draw(st.sampled_from((False, False, True))),
         dtype=dtype,
     )
+
+
+def _intermediate_sizes(hidden: int) -> st.SearchStrategy[int]:
+    """Widths of their own, and those that make w2, or w13, square: then no shape tells a layout."""
+    square = (hidden, hidden // 2) if hidden <= _WIDEST_SQUARE else ()
+    return st.sampled_from((*INTERMEDIATE_SIZES, *square))
 
 
 def _groups(experts: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -138,9 +151,7 @@ def cases(draw: st.DrawFn, cell: Cell, model: MoEConfig | None = None, device: s
         values=draw(st.sampled_from(("normal", "recorded", "outlier", "positive", "integers"))),
         magnitude=draw(st.sampled_from(_MAGNITUDES)),
         routing=draw(st.sampled_from(_ROUTINGS)),
-        bias=draw(st.sampled_from(("mixed", "negative", "large", "nan", "fine")))
-        if config.use_correction_bias
-        else "mixed",
+        bias=draw(st.sampled_from(BIASES)) if config.use_correction_bias else "mixed",
         layout=draw(st.sampled_from(("plain", "strided"))),
         padding=draw(st.sampled_from(("nan", "stale"))),
         seed=draw(st.integers(0, 2**20)),

@@ -73,6 +73,37 @@ def coarse_bias(config: MoEConfig, weights: MoEWeights, place: RankContext) -> P
     return right(config, weights, place)
 
 
+def _guessing(guess: Callable[[MoEConfig, MoEWeights], dict[str, Tensor]]) -> LayerFactory:
+    """The readable twin, with weights as their shapes seemed to say."""
+
+    def make(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+        return right(config, replace(weights, **guess(config, weights)), place)  # type: ignore[arg-type]
+
+    return runs(lambda config: config)(make)
+
+
+def _turned_if_square(name: str) -> Callable[[MoEConfig, MoEWeights], dict[str, Tensor]]:
+    def guess(_config: MoEConfig, weights: MoEWeights) -> dict[str, Tensor]:
+        tensor: Tensor = getattr(weights, name)
+        square = tensor.shape[-1] == tensor.shape[-2]
+        return {name: tensor.transpose(-1, -2).contiguous() if square else tensor}
+
+    return guess
+
+
+w2_guessed_by_shape = _guessing(_turned_if_square("w2_LHI"))
+w13_guessed_by_shape = _guessing(_turned_if_square("w13_LFH"))
+router_guessed_by_shape = _guessing(_turned_if_square("router_EH"))
+
+
+@runs(lambda config: config)
+def wrong_at_128_and_8(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """A table of tuned tiles whose one entry is wrong."""
+    if (config.num_experts, config.num_experts_per_tok) == (128, 8):
+        weights = replace(weights, w2_LHI=weights.w2_LHI * 2)
+    return right(config, weights, place)
+
+
 def _eight_at_most(top: Tensor) -> Tensor:
     weights = top / top.sum(dim=-1, keepdim=True)
     return weights * (torch.arange(top.shape[1]) < 8)
