@@ -133,6 +133,17 @@ class Case:
         """The history as a program; what ``mode`` says where none is given."""
         return parse(self.history or ("f1.f0" if self.mode == "replayed" else "f0"))
 
+    def path(self, kind: str) -> str:
+        """The path of a forward step of this kind: the case's own, or the one that the step names.
+
+        As in a :class:`twinmoe.oracle.subject.Call`.  An AlltoAll case has no graphed path.
+        """
+        if kind == "c":
+            return "captured"
+        if kind == "a" or self.transport == "alltoall":
+            return "alltoall"
+        return "graphed" if kind == "g" or self.mode == "eager" else "captured"
+
     @property
     def last_batch(self) -> int:
         """The highest number of a batch that a forward takes."""

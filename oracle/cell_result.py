@@ -15,7 +15,7 @@ from twinmoe.reference.config import MoEConfig
 class CellResult:
     """What one cell's cases showed.  ``worst_ratio`` is over all subjects' outputs.
 
-    ``planted`` counts the cases that the plan's fault could reach, ``answered`` those in which
+    ``planted`` counts the cases in which the plan's fault was met, ``answered`` those in which
     no worker failed, ``undecided`` those of anyone's layer that near ties leave open, because it
     shows no expert ids.  ``left_out`` counts histories that asked what a layer does not offer.
     """
@@ -51,7 +51,7 @@ class CellResult:
     def add(self, case: Case, outcome: Outcome | None) -> None:
         """Count one case; it has no outcome if a worker failed."""
         self.cases += 1
-        self.planted += bool(case.fault)
+        self.planted += bool(case.fault) and (outcome is None or outcome.fault_met)
         self.configs.add(case.config)
         if outcome is None:
             return

@@ -290,6 +290,11 @@ def _replayed(trial: Trial, case: Case, subject: str | None) -> bool:
         trial.require_subjects_own(case, failure)
         say(f"{type(failure).__name__}: {failure}" if subject is None else account(failure))
         return failure.outside is not None
+    if not outcome.fault_met:
+        _end(
+            f"fault ({case.fault!r}) was met by no rank: the verdicts say nothing of it",
+            COULD_NOT_RUN,
+        )
     for name, verdict in outcome.verdicts.items():
         console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
         say(f"  {verdict}")

@@ -106,7 +106,7 @@ class Session:
         for number, scenario in enumerate(scenarios):
             change = scenario.change
             act = type(change).__name__ if number else "unchanged"
-            self._forward(change, scenario, act, self._path("f"), number == len(changes))
+            self._forward(change, scenario, act, self.case.path("f"), number == len(changes))
 
     # --- a history ----------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Session:
             case = other_shape(self.case) if step.kind == "o" else self.case
             scenario = Scenario(case, self._version, step.number, self._change_of_all)
             act = f"step {place + 1} of {len(steps)} ({step})" if len(steps) > 1 else ""
-            self._forward(case, scenario, act, self._path(step.kind), place == last)
+            self._forward(case, scenario, act, self.case.path(step.kind), place == last)
 
     def _build(self, steps: tuple[Step, ...]) -> None:
         """Build all layers before the first capture, which fixes the pool's addresses."""
@@ -188,14 +188,6 @@ class Session:
         self._answers.append(
             Answer(act, scenario, promised, required, call, shown, tuple(complaints))
         )
-
-    def _path(self, kind: str) -> str:
-        """The path of a forward step: the case's own, or the one that the step names."""
-        if kind == "c":
-            return "captured"
-        if kind == "a" or self.case.transport == "alltoall":
-            return "alltoall"
-        return "graphed" if kind == "g" or self.case.mode == "eager" else "captured"
 
     def _layer(self, key: Case | Change, scenario: Scenario) -> LiveLayer:
         if key not in self._layers:

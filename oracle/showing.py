@@ -34,13 +34,15 @@ class Showing:
     """What one rank sends back about one subject: its forwards, collectives and remains.
 
     An answer is None where the rank had no part in the forward.  ``left`` says what the rank
-    still held after everything was released, ``left_out`` what the layer does not offer.
+    still held after everything was released, ``left_out`` what the layer does not offer, ``met``
+    how often a planted fault was met.
     """
 
     answers: tuple[Answer | None, ...]
     journal: tuple[Issued, ...]
     left: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
+    met: int = 0
 
 
 def rounds_of(showings: Sequence[Showing]) -> list[list[Answer]]:

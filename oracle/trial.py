@@ -49,12 +49,13 @@ def observe_case(
     showings = {}
     for name in subjects:
         start, held_before = len(breadcrumbs.journal), held()
-        with faults.planted(case if name == "optimized" else replace(case, fault=""), context):
+        own = case if name == "optimized" else replace(case, fault="")
+        with faults.planted(own, context) as seams:
             session = Session(case, context, subject_factory(name), change, in_step)
             answers, journal = session.play(), tuple(breadcrumbs.journal[start:])
             session.close()
             left, lacking = tuple(left_since(held_before)), frozenset(session.left_out)
-            showings[name] = Showing(tuple(answers), journal, left, lacking)
+            showings[name] = Showing(tuple(answers), journal, left, lacking, seams.met)
     return showings
 
 
@@ -65,6 +66,7 @@ class Outcome:
     ``diagnosis`` names mistakes that explain a failure: see :meth:`Trial.diagnose`.  ``before``
     are the cases that the same workers had played, and ``recurrence`` is how it fails again.
     ``left_out``: what the history asked of a layer that does not offer it.
+    ``fault_met``: no fault was planted, or some rank met it; else its verdicts say nothing of it.
     """
 
     case: Case
@@ -76,6 +78,7 @@ class Outcome:
     left_out: frozenset[str] = frozenset()
     before: tuple[Case, ...] = ()
     recurrence: Recurrence = field(default_factory=Recurrence)
+    fault_met: bool = True
 
     @property
     def equivalent(self) -> bool:
@@ -138,6 +141,8 @@ class Trial:
             verdict = judge_showings(case, [showing[name] for showing in showings])
             outcome.verdicts[name], outcome.paths[name] = verdict, verdict.path
             outcome.left_out = outcome.left_out.union(*(one[name].left_out for one in showings))
+        met = sum(one.met for showing in showings for one in showing.values())
+        outcome.fault_met = not case.fault or met > 0
         outcome.run_seconds = observed - start
         outcome.judge_seconds = time.perf_counter() - observed
         self._look_closer(outcome)

@@ -90,7 +90,7 @@ class _Walk:
             self.graphs.clear()
 
     def forward(self, case: Case, step: Step) -> Moment:
-        path = _path(case, step.kind)
+        path = case.path(step.kind)
         tokens = tokens_at(case, step.number)
         bucket = 0 if path == "alltoall" else bucket_for(max(tokens))
         ours = path != "alltoall" and not self.killed and case.transport not in ("gloo", "nccl")
@@ -155,11 +155,3 @@ def crosses(case: Case, moment: Moment, row: int | None = None) -> bool:
 def sums_symmetric(case: Case, moment: Moment) -> bool:
     """Ranks add each other's shares by our own reduce-scatter, and some share is not its own."""
     return moment.symmetric and case.ep_size > 1 and crosses(case, moment)
-
-
-def _path(case: Case, kind: str) -> str:
-    if kind == "c":
-        return "captured"
-    if kind == "a" or (case.transport == "alltoall" and kind != "g"):
-        return "alltoall"
-    return "graphed" if kind == "g" or case.mode == "eager" else "captured"

@@ -48,9 +48,9 @@ def patch_named(name: str) -> Fault | None:
 
 
 @contextmanager
-def planted(case: Case, context: RankContext) -> Iterator[None]:
-    """Plant the case's fault, if it names one, for the block."""
+def planted(case: Case, context: RankContext) -> Iterator[Seams]:
+    """Plant the case's fault, if it names one, for the block; its seams know whether it met."""
     with Seams(context, case) as seams:
         if case.fault:
             (FAULTS | VARIANTS)[case.fault].plant(seams)
-        yield
+        yield seams

@@ -22,6 +22,8 @@ class Seams:
 
     def __init__(self, context: RankContext, case: Case) -> None:
         self.context, self.case = context, case
+        #: How often something planted was met; what is put in place is met by being there.
+        self.met = 0
         self._restore = ExitStack()
 
     @property
@@ -41,6 +43,7 @@ class Seams:
 
         @functools.wraps(original)
         def planted(*args: Any, **kwargs: Any) -> Any:
+            self.met += 1
             return wrong(original, *args, **kwargs)
 
         # A Triton kernel is launched through an attribute that the counters read.
@@ -49,6 +52,7 @@ class Seams:
 
     def put(self, owner: object, name: str, value: Any) -> None:
         """Let ``owner.name`` be ``value``: a constant, a class, a kernel."""
+        self.met += 1
         self._restore.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 

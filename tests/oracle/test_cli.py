@@ -123,6 +123,16 @@ def test_replay_of_a_faulty_line_tells_where(run: Run) -> None:
     assert "stage: output" in result.stdout
 
 
+def test_replay_refuses_a_fault_that_the_case_cannot_reach(run: Run) -> None:
+    """An AlltoAll case has no graphed path, whatever its history asks for: exit 2, and why."""
+    result = run(
+        "replay",
+        "T=3/2,H=96,I=40,E=6,k=2,dtype=bf16,transport=alltoall,history=p0.g0.f0,fault=late_fill",
+    )
+    assert result.exit_code == cli.COULD_NOT_RUN
+    assert "fault ('late_fill') is out of this case's reach" in result.stderr
+
+
 def test_replay_of_a_deadly_line_names_the_rank(run: Run) -> None:
     """A line that kills a worker exits 1 and says which, and the next replay runs."""
     result = run("replay", f"{LINE},fault=killed_worker")

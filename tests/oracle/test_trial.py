@@ -207,3 +207,10 @@ def test_what_is_right_in_step_is_told_as_a_race() -> None:
         outcome = trial.run(case)
     assert not outcome.equivalent
     assert "if a rank runs into what another has not finished" in outcome.explain()
+
+
+@pytest.mark.parametrize(("transport", "met"), [("alltoall", False), ("p2p", True)])
+def test_a_planted_fault_says_whether_it_was_met(trial: Trial, transport: str, met: bool) -> None:
+    """By a count on the ranks, whatever is believed of its reach: unmet, a verdict says nothing."""
+    line = f"T=3,{SIZES},dtype=bf16,transport={transport},fault=late_fill"
+    assert trial.run(Case.parse(line)).fault_met is met
