@@ -22,6 +22,7 @@ from twinmoe.oracle.rounding import Format
 class Activation:
     """phi, phi', bounds on |phi'| and |phi''|, and the evaluation error in units of roundoff.
 
+    ``doubles``: whether an evaluation may pass through 2 phi, which overflows sooner.
     ``evaluation`` maps (a, phi(a)) to the magnitude that the unit roundoff multiplies.
     """
 
@@ -30,6 +31,7 @@ class Activation:
     steepest: float
     curvature: float
     evaluation: Callable[[Tensor, Tensor], Tensor]
+    doubles: bool = False
 
 
 def _silu_slope(a: Tensor) -> Tensor:
@@ -57,8 +59,9 @@ def _relu_slope(a: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     # an exponential, an addition, a division and a product: 6 roundings with margin
     "silu": Activation(F.silu, _silu_slope, 1.1, 0.5, lambda a, phi: 6 * phi.abs()),
-    # 1 + erf cancels for a < 0, so the error is relative to a, not to the result
-    "gelu": Activation(F.gelu, _gelu_slope, 1.13, 0.8, lambda a, phi: 8 * a.abs()),
+    # x (1 + erf) is halved before or after; 1 + erf cancels for a < 0, so the error is relative to
+    # a, not to the result
+    "gelu": Activation(F.gelu, _gelu_slope, 1.13, 0.8, lambda a, phi: 8 * a.abs(), doubles=True),
     # the tanh argument carries a few roundings, magnified by its slope a phi'(a) <= 1.2 |a|
     "gelu_pytorch_tanh": Activation(
         lambda a: F.gelu(a, approximate="tanh"),
@@ -66,6 +69,7 @@ ACTIVATIONS: dict[str, Activation] = {
         1.13,
         1.0,
         lambda a, phi: 12 * a.abs(),
+        doubles=True,
     ),
     "relu": Activation(F.relu, _relu_slope, 1.0, 0.0, lambda a, phi: torch.zeros_like(a)),
     "relu2": Activation(
@@ -95,8 +99,9 @@ def activate(name: str, a: E, accumulator: Format) -> E:
     if specials is not None:
         value, radius = of_function(specials, value, radius)
     result = type(a)(value, radius)
-    end = result.error()
-    return result.in_range((value + end).clamp(min=0), (end - value).clamp(min=0), accumulator)
+    end, most = result.error(), 2 if activation.doubles else 1
+    above, below = ((most * side).clamp(min=0) for side in (value + end, end - value))
+    return result.in_range(above, below, accumulator)
 
 
 def clamp(x: E, low: float, high: float) -> E:

@@ -9,7 +9,8 @@ usual             as drawn
 fp16_ends         every expert has a stage far beyond 65504, or below 2^-14; in an fp16 layer
                   as ``own_ends``
 own_ends          the same at the largest and the smallest numbers of the layer's own dtype:
-                  some overflow, some are subnormal
+                  some overflow, some are subnormal; what an fp32 GEMM adds stays in its range,
+                  since beyond it the order of summation decides
 large_input       hidden states far beyond 65504; an fp16 layer's as large as it can hold
 small_input       hidden states below 2^-14
 large_logits      logits far beyond 65504
@@ -50,6 +51,7 @@ class _Ends:
     small: int
     small_gate: int
     large_up: int
+    large_output: int
     back: int
 
 
@@ -91,13 +93,14 @@ def input_exponent(magnitude: str, config: MoEConfig) -> int:
 def _ends(magnitude: str, config: MoEConfig) -> _Ends:
     own = FORMATS[config.dtype]
     if magnitude == "fp16_ends" and own != FP16:
-        return _Ends(large=17, small=-22, small_gate=-22, large_up=22, back=64)
-    largest = 16 if own == FP16 else 128
+        return _Ends(large=17, small=-22, small_gate=-22, large_up=22, large_output=17, back=64)
+    largest, spare = (16, 0) if own == FP16 else (128, 2)
     return _Ends(
         large=largest - 3,  # a few of the products of two normal numbers are 8 times as large
         small=own.min_exponent - 4,
         small_gate=own.min_exponent + 4,
-        large_up=largest - 2,  # one in twenty of a normal number's doubles is twice as large
+        large_up=largest - 2 - spare,  # one in twenty of a normal number's doubles is 4 or more
+        large_output=largest - 1 - spare // 2,
         back=-own.min_exponent - 8,
     )
 
@@ -118,8 +121,8 @@ def _exponents(stage: str, ends: _Ends, config: MoEConfig) -> tuple[int, int, in
         return 0, end // power, back(end)
     return {
         "large gate": (large // power, back(large), 0),
-        "large activation": (0, large, back(large)),
-        "large output": (0, 0, large + 2),  # outputs have no such tails as products
+        "large activation": (3 // power, large - 1, back(large)),
+        "large output": (0, 0, ends.large_output),
         "small gate": (ends.small_gate // power, ends.large_up, 0),
         "small activation": (half // power, small - half // power * power, back(small)),
         "small output": (0, half if config.gated else half // power, small - half),

@@ -49,7 +49,7 @@ def patch_named(name: str) -> Fault | None:
 
 @contextmanager
 def planted(case: Case, context: RankContext) -> Iterator[Seams]:
-    """Plant the case's fault, if it names one, for the block; its seams know whether it met."""
+    """Plant the case's fault, if it names one, for the block; its seams know whether it was met."""
     with Seams(context, case) as seams:
         if case.fault:
             (FAULTS | VARIANTS)[case.fault].plant(seams)

@@ -56,8 +56,8 @@ def implementations(name: str, x: Tensor) -> Iterator[Tensor]:
 
 def extremes() -> Tensor:
     """Return zeros, both ends of the subnormals, powers of two, and where exp ends, signed."""
-    # beyond 2^126, PyTorch's gelu overflows on its way to a finite result
-    powers = 2.0 ** torch.arange(-149, 127, dtype=torch.float64)
+    # beyond 2^126, PyTorch's gelu overflows on its way to a finite result, which is allowed
+    powers = 2.0 ** torch.arange(-149, 128, dtype=torch.float64)
     around = torch.linspace(80, 110, 301, dtype=torch.float64)
     special = torch.tensor([0.0, 90.0, 1e10, 1e20, 1e-45, 1e-40])
     positive = torch.cat([powers, 1.37 * powers[:-1], around, special.double()]).float()
@@ -70,7 +70,7 @@ def arguments(seed: int) -> Tensor:
     bits = torch.randint(-(2**31), 2**31, (256,), generator=g).to(torch.int32).view(torch.float32)
     normal = torch.randn(768, generator=g)
     x = torch.cat([normal[:256], normal[256:512] * 6, normal[512:] * 60, bits])
-    return x[x.abs() < 2.0**126]
+    return x[x.isfinite()]
 
 
 def assert_inside(actual: Tensor, allowed: Enclosure) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.oracle import ranged_layers
 from twinmoe.oracle.activation import ACTIVATIONS
 from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.case import Case
@@ -19,8 +20,10 @@ from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.oracle.magnitudes import MAGNITUDES, scaled_input, scaled_weights
 from twinmoe.oracle.rounding import FORMATS, FP16, Format
 from twinmoe.oracle.strategies import DTYPES, Cell
+from twinmoe.oracle.subject_spec import PlainName
+from twinmoe.oracle.trial import Trial
 
-#: What is stored on the way; the sum is that of one expert a token, weighed 2.5.
+#: What is stored on the way; the sum is that of one expert a token.
 STAGES = ("input", "logits", "gate and up", "activation", "expert output", "sum")
 
 
@@ -35,7 +38,7 @@ def stages_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     gate, up = gate_up_ETF.chunk(2, dim=-1) if config.gated else (gate_up_ETF, 1.0)
     h_ETI = ACTIVATIONS[config.hidden_act].value(gate) * up
     y_ETH = torch.einsum("eti,ehi->eth", h_ETI, weights.w2_LHI.double())
-    sum_TH = 2.5 * y_ETH[logits_TE.argmax(dim=1), torch.arange(len(x_TH))]
+    sum_TH = config.routed_scaling_factor * y_ETH[logits_TE.argmax(dim=1), torch.arange(len(x_TH))]
     values = (x_TH, logits_TE, gate_up_ETF, h_ETI, y_ETH, sum_TH)
     sizes = (value.abs().flatten() for value in values)
     return {stage: size[size > 0] for stage, size in zip(STAGES, sizes, strict=True)}
@@ -51,10 +54,16 @@ def reaches_both_ends(size: Tensor, target: Format) -> bool:
 def test_stages_reach_the_ends_of_fp16_and_of_their_own_dtype(
     dtype: torch.dtype, stage: str
 ) -> None:
-    """Beyond the largest number and below the smallest normal one, of either format."""
-    for magnitude, target in (("fp16 ends", FP16), ("own ends", FORMATS[dtype])):
-        size = stages_of(f"{magnitude}: one a token", dtype)[stage]
-        assert reaches_both_ends(size, target), magnitude
+    """Beyond the largest number and below the smallest normal one, of either format.
+
+    What GEMMs answer in fp32 stays just below its largest number.
+    """
+    own = FORMATS[dtype]
+    assert reaches_both_ends(stages_of("fp16 ends: one a token", dtype)[stage], FP16)
+    size = stages_of("own ends: one a token", dtype)[stage]
+    if own != FP16 and stage in ("gate and up", "expert output"):
+        size = 4 * size
+    assert reaches_both_ends(size, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -90,3 +99,34 @@ def test_an_fp16_layer_keeps_finite_weights(magnitude: str) -> None:
     case = Case.parse(line)
     for tensor in (*weights_for(case).tensors().values(), hidden_for(case, 1)):
         assert tensor.isfinite().all()
+
+
+#: A layer of ``ranged_layers`` by what finds it, and in which dtype.
+FOUND_BY = {
+    "fp16_input": ("large input", "small input"),
+    "fp16_logits": ("large logits",),
+    "fp16_gate_and_up": ("fp16 ends: one a token",),
+    "fp16_activation": ("fp16 ends: one a token",),
+    "fp16_expert_output": ("fp16 ends: one a token",),
+    "fp16_sum": ("fp16 ends: one a token",),
+    "saturating": ("own ends: one a token",),
+    "nan_is_zero": ("own ends: one a token",),
+}
+
+
+def test_a_format_of_another_range_is_seen_at_its_ends() -> None:
+    """In bf16, and overflow in every dtype; the layer without a mistake passes all of it."""
+    names = [f"{ranged_layers.__file__}:{layer}" for layer in ("unspoilt", *FOUND_BY)]
+    subjects = {name.rpartition(":")[2]: PlainName(name) for name in names}
+    with Trial("cpu", 60.0, tuple(names)) as trial:
+        for dtype in DTYPES:
+            cell = Cell(1, "alltoall", "eager", dtype)
+            for corner in sorted({corner for found in FOUND_BY.values() for corner in found}):
+                case = subjects["unspoilt"].fit(CORNERS[corner](cell))
+                verdicts = trial.run(case).verdicts
+                seen = {name.rpartition(":")[2] for name, one in verdicts.items() if one.findings}
+                for layer, corners in FOUND_BY.items():
+                    narrow = layer.startswith("fp16")
+                    if corner in corners and (dtype is torch.bfloat16 or not narrow):
+                        assert layer in seen, (corner, dtype)
+                assert "unspoilt" not in seen, (corner, dtype)
