@@ -29,13 +29,22 @@ def collective_mismatches(journals: Sequence[Sequence[Issued]]) -> Iterator[Mism
             groups.setdefault("nothing" if entry is None else str(entry), []).append(rank)
         if len(groups) > 1:
             each = ", ".join(f"{name_ranks(ranks)} issued {what}" for what, ranks in groups.items())
-            stages = {stage_of_operation(entry.name) for entry in issued if entry is not None}
             yield Mismatch(
-                min(stages, key=STAGES.index),
+                _stage_left_out(issued, journals[0][place - 1] if place else None),
                 f"collective {place + 1} differs between ranks: {each}",
             )
             return
         yield from _uneven_exchange(place, [entry for entry in issued if entry is not None])
+
+
+def _stage_left_out(issued: Sequence[Issued | None], before: Issued | None) -> str:
+    """The stage of the collective that some rank left out: what comes after ``before``, if any.
+
+    Who leaves one out issues the next in its place, perhaps that of the stage just done.
+    """
+    stages = {stage_of_operation(entry.name) for entry in issued if entry is not None}
+    done = set() if before is None else {stage_of_operation(before.name)}
+    return min(stages - done or stages, key=STAGES.index)
 
 
 def _uneven_exchange(place: int, issued: Sequence[Issued]) -> Iterator[Mismatch]:

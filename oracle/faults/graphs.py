@@ -284,7 +284,7 @@ def local_bucket(seams: Seams) -> None:
     "GR15",
     "vllm-project/vllm#30650",
     "the reduce-scatter does nothing during capture, so no replay has one",
-    stage="dispatch",
+    stage="combine",
     when=some_moment(lambda _case, moment: moment.path == "captured"),
 )
 def unrecorded_collective(seams: Seams) -> None:

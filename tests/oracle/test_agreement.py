@@ -18,7 +18,7 @@ def test_different_operations_are_told_rank_by_rank() -> None:
     journals = [[GATHER, SCATTER, GATHER]] * 3 + [[GATHER, GATHER, SCATTER]]
     (found,) = collective_mismatches(journals)
     assert (found.stage, found.message) == (
-        "dispatch",
+        "combine",
         "collective 2 differs between ranks: ranks 0 to 2 issued "
         "reduce_scatter[p2p]([4, 96] float32), rank 3 issued "
         "all_gather[p2p]([4, 96] bfloat16 on 1 programs)",
@@ -53,3 +53,11 @@ def test_an_alltoall_path_exchanges_rows() -> None:
     assert not list(missing_exchanges([[exchange], [exchange, GATHER]]))
     (found,) = missing_exchanges([[exchange], [GATHER]])
     assert found.message.startswith("rank 1 claims the AlltoAll path")
+
+
+def test_a_collective_left_out_is_its_own_stages() -> None:
+    """Who leaves out a combine issues the next gather in its place, and the other way round."""
+    (found,) = collective_mismatches([[GATHER, SCATTER, GATHER], [GATHER, GATHER]])
+    assert found.stage == "combine"
+    (found,) = collective_mismatches([[GATHER, SCATTER, GATHER], [GATHER, SCATTER, SCATTER]])
+    assert found.stage == "dispatch"
