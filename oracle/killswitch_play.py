@@ -12,6 +12,8 @@ from typing import Any
 
 from twinmoe.optimized import layer as layer_module
 from twinmoe.optimized.communication.agreement import exchange
+from twinmoe.optimized.communication.cpu_symmetric_memory import CpuSymmetricAllocation
+from twinmoe.optimized.communication.cuda_symmetric_memory import CudaSymmetricAllocation
 from twinmoe.optimized.communication.errors import TransportError
 from twinmoe.optimized.communication.pool import Capacity
 from twinmoe.optimized.communication.transport import select_transport
@@ -81,6 +83,10 @@ class SwitchSubject(OptimizedSubject):
         """See `OptimizedSubject`."""
         super().set_kill_switch(disabled)
         self._killed = True
+
+    def unexpected(self) -> str:
+        """Nothing here: a check says itself what each forward must run, and what is refused."""
+        return ""
 
 
 class _Astray(Exception):  # noqa: N818 - no error of the program: the ranks found out in time
@@ -205,5 +211,26 @@ def _keeps_transport(seams: Seams) -> None:
     seams.around(MoELayer, "set_kill_switch", keep)
 
 
+def _sets_up_anyway(seams: Seams) -> None:
+    """The rank runs plain collectives, but still makes memory that its peers could map."""
+    device = seams.context.device
+
+    def switch(original: Any, layer: MoELayer, disabled: bool) -> None:
+        if disabled and device.type == "cpu":
+            CpuSymmetricAllocation(_ANY_SIZE, _ANY_SIZE).seal()
+        elif disabled:
+            CudaSymmetricAllocation(_ANY_SIZE, device).seal()
+        original(layer, disabled)
+
+    seams.around(MoELayer, "set_kill_switch", switch)
+
+
+#: Bytes of memory that nobody asked for.
+_ANY_SIZE = 4096
+
 #: Switches that one rank, the last, applies by half.
-FAULTS = {"ignores_flag": _ignores_flag, "keeps_transport": _keeps_transport}
+FAULTS = {
+    "ignores_flag": _ignores_flag,
+    "keeps_transport": _keeps_transport,
+    "sets_up_anyway": _sets_up_anyway,
+}

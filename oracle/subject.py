@@ -5,7 +5,7 @@ Legend: T tokens of this rank, N padded rows, H hidden_size, R ranks.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,8 @@ from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import eager_contract, graphed_contract, reference_contract
+from twinmoe.oracle.expected_transport import SetupWatch, unexpected_backend, unexpected_transport
+from twinmoe.oracle.history import Step
 from twinmoe.oracle.inputs import largest_batch
 from twinmoe.oracle.observation import RankObservation, Taps
 from twinmoe.oracle.scenario import Scenario
@@ -171,15 +173,20 @@ class OptimizedSubject:
         largest = bucket_for(max(largest_batch(scenario.case), *map(len, hidden_by_rank)))
         self._wire = torch.float32 if self.case.wire == "fp32" else self.config.dtype
         group = context.group if len(hidden_by_rank) > 1 else None
-        self.layer = MoELayer(self.config, weights, group, self.options(largest))
+        options, self._setups = self.options(largest), SetupWatch()
+        self._killed = options.disable_triton_nvls_kernels
+        self._setups.turn(self._killed)
+        built = replace(options, transport=None) if self._killed else options
+        self.layer = MoELayer(self.config, weights, group, built)
+        self.layer.options = options  # which tier is forced once the switch is off
         self.layer.taps = {}
         self.runner = GraphRunner(self.layer, tuple(size for size in BUCKETS if size <= largest))
-        self._killed = False
 
     def options(self, max_tokens_per_rank: int) -> InferenceOptions:
-        """How the layer is built."""
+        """How the layer is built: with the switch on, where the history begins with it."""
         return InferenceOptions(
             transport=_TIERS.get(self.case.transport),
+            disable_triton_nvls_kernels=self.case.steps()[0] == Step("k", 1),
             experts_backend=self.case.backend,
             wire_dtype=self._wire,
             max_tokens_per_rank=max_tokens_per_rank,
@@ -231,6 +238,7 @@ class OptimizedSubject:
 
     def set_kill_switch(self, disabled: bool) -> None:
         """See `Changeable`."""
+        self._setups.turn(disabled)
         self.layer.set_kill_switch(disabled)
         self._killed = disabled
 
@@ -243,11 +251,20 @@ class OptimizedSubject:
 
     def complaints(self) -> list[str]:
         """See `Guarded`."""
-        return [
+        told = [self._setups.told(), self.unexpected()]
+        told += [
             f"bytes between the regions of pool {pool.name!r} were written: a store went astray"
             for pool in pools_of(self.layer.group)
             if pool.trespassed()
         ]
+        return [text for text in told if text]
+
+    def unexpected(self) -> str:
+        """Say that another transport or backend stands ready than the case asks for."""
+        report, device = self.layer.transport.report(), self.layer.device
+        return unexpected_backend(
+            self.case.backend, self.layer.experts.backend_name
+        ) or unexpected_transport(_TIERS.get(self.case.transport), self._killed, report, device)
 
     # --- one forward --------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from twinmoe.optimized.communication.agreement import exchange, group_rank, group_size
 from twinmoe.optimized.communication.packing import round_up
 from twinmoe.optimized.communication.patience import Patience
+from twinmoe.optimized.communication.setups import set_up
 
 _FOLDER = Path("/dev/shm")
 
@@ -29,6 +30,7 @@ class CpuSymmetricAllocation:
     """A named shared-memory file of this rank, created with all its pages reserved."""
 
     def __init__(self, num_bytes: int, signal_pad_bytes: int) -> None:
+        set_up("symmetric allocation")
         self._num_bytes = num_bytes
         self._signal_pad_bytes = signal_pad_bytes
         self._pad_offset = round_up(num_bytes, mmap.PAGESIZE)
@@ -45,6 +47,8 @@ class CpuSymmetricAllocation:
 
     def rendezvous(self, group: dist.ProcessGroup | None) -> "CpuSymmetricMemory":
         """Tell the peers this file's name, and map all of theirs."""
+        if group is not None:
+            set_up("rendezvous")
         paths = exchange(self._path, group)
         buffers, pads = zip(*(self._map(path) for path in paths), strict=True)
         return CpuSymmetricMemory(group_rank(group), group_size(group), buffers, pads)

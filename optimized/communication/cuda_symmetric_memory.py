@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from twinmoe.optimized.communication.packing import round_up
 from twinmoe.optimized.communication.patience import Patience
+from twinmoe.optimized.communication.setups import set_up
 
 
 def multicast_disabled() -> bool:
@@ -35,6 +36,7 @@ class CudaSymmetricAllocation:
         from torch.distributed import _symmetric_memory as symm_mem  # noqa: PLC0415
 
         self._rendezvous = symm_mem.rendezvous
+        set_up("symmetric allocation")
         self._tensor = symm_mem.empty(round_up(num_bytes), dtype=torch.uint8, device=device)
 
     def rendezvous(
@@ -43,6 +45,7 @@ class CudaSymmetricAllocation:
         """Exchange handles with the peers; without a group there are none."""
         if group is None:
             return SingleGpuMemory(self._tensor)
+        set_up("rendezvous")
         return CudaSymmetricMemory(self._tensor, self._rendezvous(self._tensor, group))
 
     def seal(self) -> None:

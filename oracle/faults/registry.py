@@ -16,6 +16,7 @@ from twinmoe.oracle.faults import (  # noqa: F401 - importing enters them
     combine,
     configuration,
     dispatch,
+    downgrades,
     expert_tiles,
     experts,
     graphs,

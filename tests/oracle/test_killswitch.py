@@ -59,7 +59,11 @@ def test_a_half_applied_switch_names_the_rank(world: World, fault: str) -> None:
     for result in results:
         assert not result.holds
         assert result.ranks == (1,)
-    words = {"ignores_flag": "was told kill switch on", "keeps_transport": "would run p2p there"}
+    words = {
+        "ignores_flag": "was told kill switch on",
+        "keeps_transport": "would run p2p there",
+        "sets_up_anyway": "symmetric memory was set up: symmetric allocation x1",
+    }
     assert all(words[fault] in result.wrong for result in results)
 
 
