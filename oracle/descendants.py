@@ -52,9 +52,10 @@ def adopt_orphans() -> None:
 def children(pid: int) -> set[int]:
     """The child processes of all threads of ``pid``, those that ended unheeded included."""
     found: set[int] = set()
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found.update(map(int, file.read_text().split()))
+    with suppress(OSError):  # the process, or a thread of it, has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - quick: it runs with each forward
+            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb") as file:  # noqa: PTH123
+                found.update(map(int, file.read().split()))
     return found
 
 

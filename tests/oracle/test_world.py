@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from twinmoe.oracle import descendants
 from twinmoe.oracle.failures import WorkerDied, WorkerError, WorkerFailure, WorkerHang, WorkerLost
 from twinmoe.oracle.worker import RankContext
 from twinmoe.oracle.world import World
@@ -266,15 +267,22 @@ if __name__ == "__main__":
     world.run(spin)
 """
 _TASKS = """
-import os
-def where(context): return os.getpid()
+import os, time
+def where(context):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(0)
+    os.wait()
+    return os.getpid()
 def spin(context):
     while True: pass
 """
 
 
 def test_a_killed_driver_leaves_no_orphans(tmp_path: Path) -> None:
-    """Workers end with their driver, even while they spin, and remove its directory."""
+    """Workers end with their driver, even while they spin, with their daemons and directory."""
     (tmp_path / "driver.py").write_text(_DRIVER)
     (tmp_path / "world_tasks.py").write_text(_TASKS)
     environment = {
@@ -292,9 +300,11 @@ def test_a_killed_driver_leaves_no_orphans(tmp_path: Path) -> None:
         try:
             pids = [int(driver.stdout.readline()) for _ in range(2)]
             assert not any(map(_gone, pids))
+            daemons = [pid for worker in pids for pid in descendants.below(worker)]
+            assert len(daemons) == 2
         finally:
             driver.kill()
-    assert _wait_until(lambda: all(map(_gone, pids)))
+    assert _wait_until(lambda: all(map(_gone, pids + daemons)))
     assert list(tmp_path.glob("twinmoe-world-*")) == []
 
 

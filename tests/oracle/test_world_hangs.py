@@ -1,5 +1,8 @@
 """A world that hangs: within seconds, and with the rank that keeps the others waiting."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -94,6 +97,32 @@ def test_slow_progress_is_no_hang() -> None:
         assert world.run(_slow, 2 * PATIENCE_S, 10) == [0, 1]
         with pytest.raises(WorkerHang):
             world.run(_slow, 2 * PATIENCE_S, 1)
+
+
+@pytest.mark.skipif(
+    os.environ.get("TWINMOE_PROFILE") != "nightly", reason="it starves the machine: nightly alone"
+)
+def test_a_starved_machine_is_no_hang() -> None:
+    """Fifteen times more processes than cores want to run: what takes long there is no hang."""
+    spin = [sys.executable, "-S", "-c", "while True: pass"]
+    rivals = [subprocess.Popen(spin) for _ in range(15 * len(os.sched_getaffinity(0)))]
+    try:
+        with World(2, timeout_s=PATIENCE_S) as world:
+            assert world.run(_compute, PATIENCE_S / 2) == [0, 1]
+            with pytest.raises(WorkerHang):
+                world.run(_spin_on, 1)
+    finally:
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
+
+
+def _compute(context: RankContext, seconds: float) -> int:
+    """Work that takes so long on a core of its own, and starts no operation."""
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass
+    return context.rank
 
 
 def test_imports_have_the_patience_of_a_start() -> None:
