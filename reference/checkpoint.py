@@ -77,8 +77,8 @@ def read_tensors(path: Path, experts: range | None) -> tuple[MoEConfig, dict[str
         specs = {name: spec_of(file.get_slice(name)) for name in names}
         if problems := mismatches(specs, config, config.num_experts):
             raise CheckpointError(
-                f"{path} does not hold the weights of its own config: {'; '.join(problems)}; "
-                "write it again with MoEWeights.save"
+                f"{path} does not hold the weights of its own config: "
+                f"{'; '.join(problems)!s:.600}; write it again with MoEWeights.save"
             )
         wanted = range(config.num_experts) if experts is None else experts
         check_experts(wanted, config.num_experts)
@@ -89,7 +89,7 @@ def read_tensors(path: Path, experts: range | None) -> tuple[MoEConfig, dict[str
                 for name in names
             }
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(path, f"{error!s:.300}") from error
         _check_digests(path, file.metadata(), tensors, rows)
     for name, tensor in tensors.items():
         if name != "correction_bias_E":  # in which every number has its place in the order
@@ -108,7 +108,7 @@ def _check_digests(
         stored = {name: recorded[name][rows] for name in tensors if name in PER_EXPERT}
         stored |= {name: recorded[name] for name in tensors if name not in PER_EXPERT}
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"its digests cannot be read: {error}") from None
+        raise _damaged(path, f"its digests cannot be read: {error!s:.300}") from None
     if recorded.get("config") != _sha256(metadata["config"].encode()):
         raise _damaged(path, "its config is not what its digest was made of: bits changed")
     for name, tensor in tensors.items():
@@ -230,8 +230,8 @@ def _open(path: Path) -> Any:
         ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): it is damaged or of another "
-            "format; write it again with MoEWeights.save"
+            f"{path} is not a readable safetensors file ({error!s:.300}): it is damaged or of "
+            "another format; write it again with MoEWeights.save"
         ) from error
 
 
@@ -239,20 +239,20 @@ def _config_of(path: Path, file: Any) -> MoEConfig:
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {metadata.get('format')} instead of {FORMAT}: it was not written "
-            "by MoEWeights.save and says nothing about its layer; convert it first"
+            f"{path} has format {metadata.get('format')!s:.80} instead of {FORMAT}: it was not "
+            "written by MoEWeights.save and says nothing about its layer; convert it first"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {metadata.get('format_version')}, but this release reads "
-            f"version {FORMAT_VERSION}: write it again with MoEWeights.save of this release"
+            f"{path} has format version {metadata.get('format_version')!s:.80}, but this release "
+            f"reads version {FORMAT_VERSION}: write it again with MoEWeights.save of this release"
         )
     try:
         return MoEConfig.from_dict(parse_json(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} carries no usable config ({error}): its header was altered; write it again "
-            "with MoEWeights.save"
+            f"{path} carries no usable config ({error!s:.300}): its header was altered; write it "
+            "again with MoEWeights.save"
         ) from error
 
 

@@ -36,6 +36,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise ConfigError(f"dtype ({dtype}) is not supported: use one of {', '.join(DTYPES)}")
 
 
+#: Sizes beyond it are a typing error, and their products no longer fit an index.
+MAX_SIZE = 2**40
+
 #: What a setting of each type may be, and how to say so.
 _WANTED = {
     "int": "an integer",
@@ -93,6 +96,7 @@ def check_sizes(config: "MoEConfig") -> None:
             f"shared_expert_intermediate_size ({size}) must be an integer >= 0: it is a number "
             "of features; use 0 for no shared expert"
         )
+    _check_held("shared_expert_intermediate_size", size)
 
 
 def check_names(config: "MoEConfig") -> None:
@@ -186,19 +190,28 @@ def check_positive(name: str, value: int, why: str) -> None:
     """Raise ConfigError unless ``value`` is an integer of at least 1."""
     if not (_is_int(value) and value > 0):
         raise ConfigError(f"{name} ({value}) must be an integer >= 1: {why}; use 1 or more")
+    _check_held(name, value)
+
+
+def _check_held(name: str, value: int) -> None:
+    if value > MAX_SIZE:
+        raise ConfigError(
+            f"{name} ({value!s:.40}) must be at most {MAX_SIZE:_}: no tensor here has so many "
+            "rows; use less"
+        )
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(
-            f"{name} ({value}) is unknown: only functions that both twins implement are accepted; "
-            f"use one of {', '.join(allowed)}"
+            f"{name} ({value!s:.80}) is unknown: only functions that both twins implement are "
+            f"accepted; use one of {', '.join(allowed)}"
         )
 
 
 def _only_default(name: str, value: object, default: object, why: str) -> None:
     if value != default:
-        raise ConfigError(f"{name} ({value}) is not supported: {why}; use {default}")
+        raise ConfigError(f"{name} ({value!s:.80}) is not supported: {why}; use {default}")
 
 
 def dtype_by_name(setting: str, name: object) -> torch.dtype:

@@ -104,7 +104,7 @@ def _require_neutral(
     if not any(value == one and type(value) is type(one) for one in (None, *neutral)):
         usual = " or ".join(str(one) for one in neutral[:1]) or "None"
         raise ConfigError(
-            f"{key} ({value!s:.80}) of the {model_type} config is not what this model computes "
+            f"{key:.80} ({value!s:.80}) of the {model_type} config is not what this model computes "
             "here: it may change the layer, and nothing is ignored that may; remove it if it "
             f"changes nothing, use {usual}, or build a MoEConfig by hand"
         )

@@ -71,8 +71,8 @@ class HuggingFaceCheckpoint:
         if quantised := raw.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
             raise CheckpointError(
-                f"{self.folder} holds quantised weights ({method}): their scales are not read "
-                "here; use a checkpoint in bf16, fp16 or fp32"
+                f"{self.folder} holds quantised weights ({method!s:.80}): their scales are not "
+                "read here; use a checkpoint in bf16, fp16 or fp32"
             )
         self.config: MoEConfig = config_from_hf(raw, dtype)
         self._names = _NAMES[raw["model_type"]]
@@ -259,10 +259,13 @@ class _Reader:
 
     def _unreadable(self, name: str, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{name} cannot be read from {self.checkpoint.file_of(name)} ({error}): the file is "
-            f"damaged, or {INDEX} belongs to another; download or save the checkpoint again"
+            f"{name} cannot be read from {self.checkpoint.file_of(name)} ({error!s:.300}): the "
+            f"file is damaged, or {INDEX} belongs to another; download or save the checkpoint again"
         )
 
+
+#: No file's name is longer.
+_LONGEST = 1024
 
 #: How a layer or an expert is numbered in a tensor's name.
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -281,8 +284,8 @@ def _inside(folder: Path, name: str) -> Path:
         lexical = Path(os.path.normpath(home / name))
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
         raise CheckpointError(
-            f"{INDEX} of {folder} names the file {name!r:.200}, which leads nowhere ({error}); "
-            "download or save the checkpoint again"
+            f"{INDEX} of {folder} names the file {name!r:.200}, which leads nowhere "
+            f"({error!s:.300}); download or save the checkpoint again"
         ) from None
     if not (
         lexical.is_relative_to(home) and any(real.is_relative_to(safe) for safe in (home, *cached))
@@ -305,7 +308,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
             "tensor; download or save the checkpoint again"
         )
     for name, file in files.items():
-        if not (isinstance(file, str) and file):
+        if not (isinstance(file, str) and 0 < len(file) <= _LONGEST):
             raise CheckpointError(
                 f"{folder / INDEX} names the file {file!r:.80} for {name!r:.200}: a file has a "
                 "name; download or save the checkpoint again"
@@ -320,8 +323,8 @@ def _names_in(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be opened ({error}), and there is no {INDEX} beside it: there are no "
-            "weights to read; pass the folder of a safetensors checkpoint"
+            f"{path} cannot be opened ({error!s:.300}), and there is no {INDEX} beside it: there "
+            "are no weights to read; pass the folder of a safetensors checkpoint"
         ) from error
 
 
@@ -330,8 +333,8 @@ def _json(path: Path) -> dict[str, Any]:
         content = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}): it belongs to every checkpoint of Hugging Face's "
-            "layout; pass the folder that save_pretrained has written"
+            f"{path} cannot be read ({error!s:.300}): it belongs to every checkpoint of Hugging "
+            "Face's layout; pass the folder that save_pretrained has written"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object: it is damaged; download it again")

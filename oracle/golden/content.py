@@ -3,8 +3,8 @@
 Legend: T tokens of all ranks in rank order, H hidden_size, K experts per token.
 """
 
-import math
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -45,7 +45,7 @@ class Figures:
             raise TypeError("ratios are no mapping")
         numbers = [getattr(figures, field.name) for field in fields(cls) if field.name != "ratios"]
         for number in [*figures.ratios.values(), *numbers]:
-            if type(number) not in (int, float) or not math.isfinite(number):
+            if type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
                 raise ValueError(f"figure {number!s:.40} is no finite number")
         return figures
 

@@ -116,7 +116,7 @@ def test_a_malformed_line_is_told_what_why_and_what_instead(
         (f"{LINE},rsf=1e999", ("routed_scaling_factor (inf)", "finite", "use 1.0")),
         ("T=1000000000000,H=16,I=16,E=4,k=2", ("64_000_000_000_000 bytes for the tokens",)),
         (f"T=1,H={10**12},I=16,E=4,k=2", ("bytes for weights", "smaller sizes")),
-        (f"T=1,H={10**4000},I=16,E=4,k=2", ("more than 2**", "smaller sizes")),
+        (f"T=1,H={10**4000},I=16,E=4,k=2", ("hidden_size (1000", "must be at most", "use less")),
         (f"{LINE},batches={10**12}", ("bytes for the tokens", "smaller sizes")),
     ],
 )

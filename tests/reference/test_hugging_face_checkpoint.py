@@ -257,6 +257,7 @@ def _setting(**settings: object) -> Callable[[Path], None]:
         (_file("."), "it is a folder"),
         (_file(None), "a file has a name"),
         (_file([]), "a file has a name"),
+        (_file("9" * 5000), "a file has a name"),
         (_nan, r"up_proj.weight\[3, 5\] in .* is nan"),
         (_setting(quantization_config="fp8"), "quantised weights"),
         (_setting(num_experts=10**12), "is in no file of"),
