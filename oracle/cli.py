@@ -54,6 +54,7 @@ from twinmoe.oracle.terminal import (
     progress,
     ranks_of,
     say,
+    say_what_was_ended,
     timeout_option,
 )
 from twinmoe.oracle.trial import Trial
@@ -277,6 +278,7 @@ def replay(cases: tuple[str, ...], device: str, timeout: float, subject: str | N
         replayed = [_replayed(trial, case, subject) for case in parsed]
         for size in {case.ep_size for case in parsed}:
             trial.require_alive(size)
+    say_what_was_ended(trial.cut_off)
     sys.exit(_exit_code(all(replayed), trial.cut_off))
 
 

@@ -11,7 +11,7 @@ import click
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.case import TRANSPORTS, Case
-from twinmoe.oracle.exit_codes import COULD_NOT_RUN, EQUIVALENT, NOT_EQUIVALENT
+from twinmoe.oracle.exit_codes import COULD_NOT_RUN, ENDED_FROM_OUTSIDE, EQUIVALENT, NOT_EQUIVALENT
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.golden import (
     Comparison,
@@ -37,6 +37,7 @@ from twinmoe.oracle.terminal import (
     json_option,
     progress,
     say,
+    say_what_was_ended,
     timeout_option,
 )
 from twinmoe.oracle.trial import Trial
@@ -191,15 +192,16 @@ def compare_command(
             comparison = compare(recording, trial, target, lambda _: advance())
     except GoldenError as error:
         raise ConfigError(str(error)) from None
+    say_what_was_ended(trial.cut_off)
     report.show(comparison, console)
     if json_file is not None:
         export.write_json(comparison, json_file)
     if junit_file is not None:
         export.write_junit(comparison, junit_file)
-    sys.exit(_exit_code(comparison))
+    sys.exit(_exit_code(comparison, trial.cut_off))
 
 
-def _exit_code(comparison: Comparison) -> int:
+def _exit_code(comparison: Comparison, ended_from_outside: Sequence[object]) -> int:
     if comparison.equivalent:
-        return EQUIVALENT
+        return ENDED_FROM_OUTSIDE if ended_from_outside else EQUIVALENT
     return NOT_EQUIVALENT if comparison.decided else COULD_NOT_RUN

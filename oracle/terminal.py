@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +38,12 @@ console = _Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ
 def say(text: str) -> None:
     """Print a line as it is, however long."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_what_was_ended(cut_off: Iterable[tuple[object, str]]) -> None:
+    """Name the cases in which something ended a rank from outside, and what it was."""
+    for case, what in cut_off:
+        say(f"ended from outside in '{case}', and asked again: {what}")
 
 
 @contextmanager
