@@ -10,6 +10,7 @@ for, in :mod:`twinmoe.oracle.nearest`.
 Legend: F rows of w13, I moe_intermediate_size, R ranks, L experts of a rank.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -286,6 +287,32 @@ def _shared_scaled(right: Supposed) -> Supposed | None:
     if not right.config.has_shared_expert or right.config.routed_scaling_factor == 1:
         return None
     return replace(right, truth=misread.SharedScaled)
+
+
+# --- capacity -----------------------------------------------------------------------------
+
+
+def _dropping(rows: misread.Capacity, by_sender: bool) -> Rule:
+    truth = misread.with_capacity(rows, by_sender)
+    return lambda right: None if by_sender and right.ranks == 1 else replace(right, truth=truth)
+
+
+#: Rows that an expert takes, in the words that end a sentence.
+_CAPACITIES: dict[str, misread.Capacity] = {
+    f"an expert takes {most} rows": lambda tokens, k, experts, most=most: most
+    for most in (8, 16, 32, 64, 128, 256, 512)
+} | {
+    f"an expert takes {factor:g} times its even share of the rows"
+    + f", or {least}" * bool(least): lambda tokens, k, experts, factor=factor, least=least: max(  # type: ignore[misc]
+        least, math.ceil(factor * tokens * k / experts)
+    )
+    for factor in (1.0, 1.25, 1.5, 2.0)
+    for least in (0, 4, 8)
+}
+
+for _words, _rows in _CAPACITIES.items():
+    _says(f"tokens are dropped: {_words}, and no more")(_dropping(_rows, False))
+    _says(f"tokens are dropped: of one rank's rows, {_words}, and no more")(_dropping(_rows, True))
 
 
 # --- ranks --------------------------------------------------------------------------------

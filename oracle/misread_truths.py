@@ -7,6 +7,7 @@ H hidden_size.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -16,7 +17,8 @@ from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.envelope import E, Enclosure, Grade, product
 from twinmoe.oracle.order import exact_groups, in_order, ranked
 from twinmoe.oracle.routing import RoutingTruth
-from twinmoe.oracle.truth import Stages, Truth
+from twinmoe.oracle.truth import Stages, Truth, WeightSource
+from twinmoe.reference.config import MoEConfig
 
 
 class _OtherRouting(Truth):
@@ -175,6 +177,56 @@ class WrappedIds(_LocalIds):
     def slots(self, _contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
         """Expert ``id % L`` of every rank."""
         return self.everywhere(self.placement.local_id(ids_TK), weights_TK)
+
+
+#: (tokens, experts per token, experts) -> rows that an expert takes.
+Capacity = Callable[[int, int, int], int]
+
+
+class TokensDropped(_OtherSlots):
+    """An expert takes the first rows that come, as many as its capacity, and drops the others."""
+
+    capacity: Capacity
+    #: Whether every rank has a capacity of its own, for the rows that it sends.
+    by_sender = False
+
+    def __init__(
+        self, config: MoEConfig, weights: WeightSource, hidden_by_rank: Sequence[Tensor]
+    ) -> None:
+        super().__init__(config, weights, hidden_by_rank)
+        self._whole, self._place_T = self, torch.arange(len(self.hidden_TH))
+
+    def of_tokens(self, tokens: Tensor) -> Truth:
+        """The same for some tokens: what is dropped depends on all."""
+        chosen = super().of_tokens(tokens)
+        assert isinstance(chosen, TokensDropped)
+        chosen._place_T = self._place_T[tokens]
+        return chosen
+
+    def slots(self, contract: RoundingContract, ids_TK: Tensor, weights_TK: E) -> tuple[Tensor, E]:
+        """Weight 0 for what is dropped."""
+        kept_TE = self._whole._kept(contract)[self._place_T]
+        return ids_TK, weights_TK.only(kept_TE.gather(1, ids_TK))
+
+    def _kept(self, contract: RoundingContract) -> Tensor:
+        """Whether each expert still has room when a token comes, [T, E]."""
+        config, ids_TK = self.config, self.routing(contract).ids_TK
+        visits_TE = torch.zeros(len(ids_TK), config.num_experts, dtype=torch.int64)
+        visits_TE.scatter_(1, ids_TK, 1)
+        senders = range(self.placement.ep_size) if self.by_sender else (None,)
+        kept_TE = torch.zeros_like(visits_TE, dtype=torch.bool)
+        for rank in senders:
+            sent = slice(None) if rank is None else self.rank_T == rank
+            rows_TE = visits_TE[sent]
+            room = self.capacity(len(rows_TE), config.num_experts_per_tok, config.num_experts)
+            kept_TE[sent] = rows_TE.cumsum(0) <= room
+        return kept_TE
+
+
+def with_capacity(rows: Capacity, by_sender: bool) -> type[Truth]:
+    """The truth of a layer whose experts take so many rows."""
+    members = {"capacity": staticmethod(rows), "by_sender": by_sender}
+    return type("TokensDroppedAt", (TokensDropped,), members)
 
 
 class SharedScaled(Truth):

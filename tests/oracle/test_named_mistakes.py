@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from tests.oracle import mistaken_layers
+from tests.oracle import cornered_layers, mistaken_layers
 from tests.oracle.mistaken_layers import MISTAKES, NAMELESS, OF_RANKS, name_of
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.diagnose import diagnosis_of, telling
+from twinmoe.oracle.strategies import Cell
+from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
 
 ONE = "T=3,H=64,I=24,E=6,k=3,rsf=2.5,shared=24,dtype=bf16,transport=alltoall,seed=3"
@@ -61,6 +65,25 @@ def test_what_has_no_name_gets_none(wrong: str, line: str, trial: Trial) -> None
 def test_a_right_layer_is_not_explained(line: str, trial: Trial) -> None:
     """Nor is it wrong."""
     assert named(trial, "right", line) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "capacity"),
+    [
+        ("capacity_64", "64 rows"),
+        ("capacity_of_factor_2", "2 times its even share of the rows, or 8"),
+    ],
+)
+def test_dropped_tokens_are_named(layer: str, capacity: str, trial: Trial) -> None:
+    """With the capacity, in the corner that sweeps counts."""
+    name = f"{cornered_layers.__file__}:{layer}"
+    corner = CORNERS["counts beside tiles, to one expert"]
+    case = PlainName(name).fit(corner(Cell(1, "alltoall", "eager", torch.bfloat16)))
+    showings = trial.observe(case, [name])
+    found = diagnosis_of([rank[name] for rank in showings])
+    assert f"tokens are dropped: an expert takes {capacity}, and no more" in found
+    # A least capacity that no batch here comes down to changes nothing.
+    assert all(sentence.startswith("tokens are dropped: an expert takes") for sentence in found)
 
 
 def test_one_token_proves_nothing(trial: Trial) -> None:
