@@ -22,6 +22,7 @@ from twinmoe.oracle.faults import (  # noqa: F401 - importing enters them
     graphs,
     lifecycle,
     loading,
+    narrow_range,
     races,
     routing,
     routing_weights,

@@ -96,10 +96,11 @@ def takes_eager_path(case: Case) -> bool:
 
 def runs_triton(case: Case) -> bool:
     """Our own grouped GEMMs compute the experts."""
-    return has_tokens(case) and _backend(case) == "triton"
+    return has_tokens(case) and backend_of(case) == "triton"
 
 
-def _backend(case: Case) -> str:
+def backend_of(case: Case) -> str:
+    """The expert backend that runs."""
     device = torch.device("cpu" if INTERPRETED else "cuda")
     choice = choose_backend(case.backend, case.config, device, ranks=case.ep_size)
     return choice.backend.name
