@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from twinmoe.oracle import RankObservation, Taps, storage_contract
 from twinmoe.oracle.case import Case
@@ -17,7 +16,6 @@ from twinmoe.oracle.session import Answer
 from twinmoe.oracle.showing import Showing
 from twinmoe.oracle.subject import Call
 from twinmoe.reference import router
-from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.layer import MoELayer
 
 #: A layer in which every mistake of meaning changes something.
@@ -83,13 +81,10 @@ def test_groups_ranked_without_the_bias_are_named(monkeypatch: pytest.MonkeyPatc
     true = right(LINE)
     bias_E = true.weights.correction_bias_E
     assert bias_E is not None
-    limited = router.limit_to_groups
-
-    def unbiased(config: MoEConfig, choice_TE: Tensor) -> Tensor:
-        kept_TE = limited(config, choice_TE - bias_E) > -torch.inf
-        return choice_TE.masked_fill(~kept_TE, -torch.inf)
-
-    monkeypatch.setattr(router, "limit_to_groups", unbiased)
+    kept_experts = router.kept_experts
+    monkeypatch.setattr(
+        router, "kept_experts", lambda config, choice_TE: kept_experts(config, choice_TE - bias_E)
+    )
     told = diagnosis_of([showing_of(LINE, true)])
     assert told == ["groups are ranked by scores without the correction bias"]
 
