@@ -14,9 +14,12 @@ from twinmoe.optimized.experts import BACKENDS, choose_backend
 from twinmoe.optimized.experts.timings import Shape, Timing, Timings
 from twinmoe.oracle import doctor
 from twinmoe.oracle.bench import LINK_RATE, MEMORY_RATE, Request, Row, measure, slowest
+from twinmoe.oracle.exit_codes import EQUIVALENT
 from twinmoe.oracle.terminal import (
+    Report,
     check_writable,
     console,
+    finish,
     json_option,
     ranks_of,
     timeout_option,
@@ -94,11 +97,14 @@ def bench(
                     request = Request(model, config, count, tuple(backends), seed=seed)
                     rows += slowest(world.run(measure, request))
     console.print(table(rows))
-    if json_file is not None:
-        told = {"memory_rate": MEMORY_RATE, "link_rate": LINK_RATE, "versions": doctor.versions()}
-        json_file.write_text(json.dumps(told | {"rows": [asdict(r) for r in rows]}, indent=1))
-    if record_file is not None:
-        known.updated(expert_timings(rows, scale, torch.device(device))).save(record_file)
+    rates = {"memory_rate": MEMORY_RATE, "link_rate": LINK_RATE, "versions": doctor.versions()}
+    measured = json.dumps(rates | {"rows": [asdict(row) for row in rows]}, indent=1)
+    timings = known.updated(expert_timings(rows, scale, torch.device(device)))
+    finish(
+        EQUIVALENT,
+        Report("--json", json_file, lambda path: path.write_text(measured)),
+        Report("--record", record_file, timings.save),
+    )
 
 
 def expert_timings(rows: Sequence[Row], scale: int, device: torch.device) -> Timings:

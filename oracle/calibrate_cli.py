@@ -1,9 +1,9 @@
 """``twinmoe calibrate``: how much slack the bounds leave, and what they see that others miss."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -28,9 +28,11 @@ from twinmoe.oracle.subject_cli import subject_option
 from twinmoe.oracle.suggest_cli import ranks_option, suggest, suggest_option
 from twinmoe.oracle.terminal import (
     Finite,
+    Report,
     check_writable,
     console,
     device_option,
+    finish,
     json_option,
     progress,
     say,
@@ -91,8 +93,8 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
         plots.require_matplotlib(options["plot"])
         check_writable(options["plot"], "--plot")
     measure = _compare if comparing else _costs if costing else _calibrate
-    alarms = (suggest if suggesting else measure)(**options)
-    sys.exit(NOT_EQUIVALENT if alarms else EQUIVALENT)
+    alarms, *reports = (suggest if suggesting else measure)(**options)
+    finish(NOT_EQUIVALENT if alarms else EQUIVALENT, *reports)
 
 
 def _check_modes(comparing: bool, costing: bool, suggesting: bool, options: dict[str, Any]) -> None:
@@ -123,15 +125,13 @@ def _compare(
     plot: Path | None,
     json_file: Path | None,
     **_unused: Any,
-) -> bool:
+) -> tuple[bool, Report, Report]:
     with progress("comparing criteria", draws * len(SUBJECTS)) as advance:
         table = compare_criteria(draws, size, seed, loosen=loosen, advance=advance)
     console.print(criteria_table(table))
-    if plot is not None:
-        plots.draw_criteria(table, plot)
-    if json_file is not None:
-        json_file.write_text(json.dumps(asdict(table), indent=2), encoding="utf-8")
-    return table.flagged[OURS][CORRECT] > 0
+    alarms = table.flagged[OURS][CORRECT] > 0
+    plotted = Report("--plot", plot, partial(plots.draw_criteria, table))
+    return alarms, plotted, _json_report(json_file, asdict(table))
 
 
 def _calibrate(
@@ -144,7 +144,7 @@ def _calibrate(
     plot: Path | None,
     json_file: Path | None,
     **_unused: Any,
-) -> bool:
+) -> tuple[bool, Report, Report]:
     total = draws * len(EP_SIZES) * len(DEVICE_TRANSPORTS[device]) * len(BACKENDS)
     with progress("running paths", total) as advance:
         records = calibrate_paths(
@@ -160,30 +160,31 @@ def _calibrate(
     alarms = [line for record in records for line in record.alarms]
     for line in alarms:
         say(line)
-    if plot is not None:
-        plots.draw_paths(records, plot)
-    if json_file is not None:
-        measured = [asdict(record) for record in records]
-        json_file.write_text(json.dumps(measured, indent=2), encoding="utf-8")
-    return bool(alarms)
+    plotted = Report("--plot", plot, partial(plots.draw_paths, records))
+    measured = _json_report(json_file, [asdict(record) for record in records])
+    return bool(alarms), plotted, measured
 
 
-def _costs(seed: int, json_file: Path | None, **_unused: Any) -> bool:
+def _costs(seed: int, json_file: Path | None, **_unused: Any) -> tuple[bool, Report]:
     with progress("judging", len(cost.SIZES)) as advance:
         costs = list(cost.measure_costs(seed, advance))
     console.print(cost_table(costs))
-    if json_file is not None:
-        measured = [
-            {
-                "size": one.size,
-                "seconds": one.seconds,
-                "making": one.making,
-                "peak_mib": one.peak_mib,
-            }
-            for one in costs
-        ]
-        json_file.write_text(json.dumps(measured, indent=2), encoding="utf-8")
-    return any(not one.verdict.equivalent for one in costs)
+    measured = [
+        {
+            "size": one.size,
+            "seconds": one.seconds,
+            "making": one.making,
+            "peak_mib": one.peak_mib,
+        }
+        for one in costs
+    ]
+    wrong = any(not one.verdict.equivalent for one in costs)
+    return wrong, _json_report(json_file, measured)
+
+
+def _json_report(path: Path | None, content: Any) -> Report:
+    text = json.dumps(content, indent=2)
+    return Report("--json", path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def criteria_table(table: CriteriaTable) -> Table:

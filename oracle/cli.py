@@ -1,14 +1,16 @@
 """The command line: ``twinmoe check``, ``replay``, ``doctor``, ``contracts``, ``calibrate``.
 
-Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 3 ended from outside, 130 interrupted.
-A layer that raises, hangs or dies is not equivalent; what fails before a layer is asked anything
-could not run; where the system or somebody ended or stopped a rank, there is no verdict.
+Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 3 ended from outside, 4 equivalent but
+for a report or output that could not be written, 130 interrupted.  A layer that raises, hangs or
+dies is not equivalent; what fails before a layer is asked anything could not run; where the system
+or somebody ended or stopped a rank, there is no verdict.
 """
 
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -47,9 +49,11 @@ from twinmoe.oracle.subject_cli import (
 )
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.terminal import (
+    Report,
     check_writable,
     console,
     device_option,
+    finish,
     json_option,
     progress,
     ranks_of,
@@ -182,14 +186,15 @@ def check_command(**options: Any) -> None:
     from outside, and nothing else is wrong.  Exit 130: interrupted.
     """
     summary = _run_check(**asked_of_subject(options))
-    if options["json_file"] is not None:
-        report.write_json(summary, options["json_file"])
     if summary.plan.subject is None:
         verified = diagnosis.not_verified(options["device"])
     else:
         verified = not_judged(summary)
     report.show(summary, console, verified)
-    sys.exit(_exit_code(summary.equivalent, summary.cut_off))
+    finish(
+        _exit_code(summary.equivalent, summary.cut_off),
+        Report("--json", options["json_file"], partial(report.write_json, summary)),
+    )
 
 
 def _run_check(**options: Any) -> Summary:
@@ -279,7 +284,7 @@ def replay(cases: tuple[str, ...], device: str, timeout: float, subject: str | N
         for size in {case.ep_size for case in parsed}:
             trial.require_alive(size)
     say_what_was_ended(trial.cut_off)
-    sys.exit(_exit_code(all(replayed), trial.cut_off))
+    finish(_exit_code(all(replayed), trial.cut_off))
 
 
 def _replayed(trial: Trial, case: Case, subject: str | None) -> bool:

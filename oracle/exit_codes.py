@@ -5,4 +5,6 @@ NOT_EQUIVALENT = 1
 COULD_NOT_RUN = 2
 #: The system, or somebody, ended or stopped a rank: that says nothing about its layer.
 ENDED_FROM_OUTSIDE = 3
+#: All is well but for a report, or the output itself, that could not be written.
+NOT_WRITTEN = 4
 INTERRUPTED = 130

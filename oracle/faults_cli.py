@@ -1,9 +1,9 @@
 """``twinmoe faults``: plant every known fault and see whether the judge sees it."""
 
 import itertools
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,9 +18,11 @@ from twinmoe.oracle.faults import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.ledger import Ledger
 from twinmoe.oracle.strategies import EP_SIZES
 from twinmoe.oracle.terminal import (
+    Report,
     check_writable,
     console,
     device_option,
+    finish,
     json_option,
     progress,
     say,
@@ -91,9 +93,10 @@ def faults(
         if names := ", ".join(str(hunt.fault) for hunt in hunts if hunt not in reached):
             say(f"out of reach on {device}: {names}")
         passed = bool(reached) and not faults_report.unexpected(reached, known)
-    if json_file is not None:
-        faults_report.write_json(hunts, seconds, json_file)
-    sys.exit(EQUIVALENT if passed else NOT_EQUIVALENT)
+    finish(
+        EQUIVALENT if passed else NOT_EQUIVALENT,
+        Report("--json", json_file, partial(faults_report.write_json, hunts, seconds)),
+    )
 
 
 def _chosen(only: str, registry: dict[str, Fault]) -> list[Fault]:

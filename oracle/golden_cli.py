@@ -5,6 +5,7 @@ Exit codes of ``compare``: 0 equivalent, 1 not equivalent, 2 the file, or the re
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -31,9 +32,11 @@ from twinmoe.oracle.golden.suites import suite, suites
 from twinmoe.oracle.golden.target import on_device, questions, shared_evenly
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.terminal import (
+    Report,
     check_writable,
     console,
     device_option,
+    finish,
     json_option,
     progress,
     say,
@@ -194,11 +197,11 @@ def compare_command(
         raise ConfigError(str(error)) from None
     say_what_was_ended(trial.cut_off)
     report.show(comparison, console)
-    if json_file is not None:
-        export.write_json(comparison, json_file)
-    if junit_file is not None:
-        export.write_junit(comparison, junit_file)
-    sys.exit(_exit_code(comparison, trial.cut_off))
+    finish(
+        _exit_code(comparison, trial.cut_off),
+        Report("--json", json_file, partial(export.write_json, comparison)),
+        Report("--junit", junit_file, partial(export.write_junit, comparison)),
+    )
 
 
 def _exit_code(comparison: Comparison, ended_from_outside: Sequence[object]) -> int:

@@ -1,6 +1,5 @@
 """``twinmoe killswitch``: does switching the symmetric-memory kernels off really fall back?"""
 
-import sys
 from collections.abc import Sequence
 
 import click
@@ -14,6 +13,7 @@ from twinmoe.oracle.killswitch_checks import Place
 from twinmoe.oracle.terminal import (
     console,
     device_option,
+    finish,
     say,
     timeout_option,
 )
@@ -44,7 +44,7 @@ def killswitch(ep: int, device: str, fault: str, timeout: float) -> None:
             told = f"\n{result.check}: {blamed}{result.wrong}"
             say(told)
     say(verdict(results, place))
-    sys.exit(EQUIVALENT if all(result.holds for result in results) else NOT_EQUIVALENT)
+    finish(EQUIVALENT if all(result.holds for result in results) else NOT_EQUIVALENT)
 
 
 def table(results: Sequence[Result]) -> Table:

@@ -1,10 +1,12 @@
 """What the commands share: one console, progress, and options that mean the same everywhere."""
 
+import io
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from twinmoe.oracle.exit_codes import COULD_NOT_RUN
+from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_WRITTEN
 from twinmoe.reference.config import ConfigError
 
 #: Columns of a log, which has none of its own: as wide as tables want to be.
@@ -25,14 +27,94 @@ _MOST_RANKS = 64
 Advance = Callable[..., None]
 
 
-class _Terminal(Console):
-    def on_broken_pipe(self) -> NoReturn:
-        """Whoever read has gone, so nobody has seen a verdict."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(COULD_NOT_RUN)
+class _Output(io.TextIOBase):
+    """Standard output that outlives its reader and its disk.
+
+    ``lost`` is what the system said when something could not be written; the rest is dropped, so
+    that a command still comes to its verdict, its files and its exit code.
+    """
+
+    lost = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """What the terminal, or file, wants its text in."""
+        return sys.stdout.encoding
+
+    def isatty(self) -> bool:
+        """Whether a person may be looking."""
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        """The file's number, for its size in columns."""
+        return sys.stdout.fileno()
+
+    def write(self, text: str, /) -> int:
+        """Write, or remember why not."""
+        self._attempt(lambda: sys.stdout.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or remember why not."""
+        self._attempt(sys.stdout.flush)
+
+    def _attempt(self, what: Callable[[], object]) -> None:
+        if self.lost:
+            return
+        try:
+            what()
+        except OSError as error:
+            self.lost = error.strerror or str(error)
+            # What is still buffered would fail once more when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_COLUMNS)
+_output = _Output()
+console = Console(
+    file=_output,  # type: ignore[arg-type]  # rich asks for no more than this
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_COLUMNS,
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A file that a command owes: the option that named it, its path, and what writes it there."""
+
+    option: str
+    path: Path | None
+    save: Callable[[Path], object]
+
+    def write(self) -> str:
+        """Write the file, whole or not at all; return what the system says if it cannot."""
+        if self.path is None:
+            return ""
+        # In front, since some formats are chosen by how a name ends.
+        part = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+        try:
+            if self.path.exists() and not self.path.is_file():  # a device, a pipe
+                self.save(self.path)
+                return ""
+            try:
+                self.save(part)
+                part.replace(self.path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            return f"{self.option} ({self.path}) could not be written: {error.strerror or error}"
+        return ""
+
+
+def finish(code: int, *reports: Report) -> NoReturn:
+    """Exit with ``code``, after the verdict was shown, and write the reports.
+
+    One that cannot be written is named, and costs neither the verdict nor the other reports: the
+    exit code is then NOT_WRITTEN, unless ``code`` itself says more.
+    """
+    missing = [f"the output could not be written: {_output.lost}"] if _output.lost else []
+    missing += filter(None, [report.write() for report in reports])
+    for each in missing:
+        click.echo(f"twinmoe: {each}", err=True)
+    sys.exit(NOT_WRITTEN if missing and code == EQUIVALENT else code)
 
 
 def say(text: str) -> None:
