@@ -11,7 +11,8 @@ class CaseFigures:
     """One case that was answered.
 
     ``ran`` names transport and expert backend as the path report does; ``worst_ratio`` is over all
-    subjects, the counts are those of the optimized layer, or of the only one.
+    subjects, the counts are those of the optimized layer, or of the only one.  ``left_out`` is what
+    the history asked of a layer that does not offer it.
     """
 
     ran: tuple[str, str]
@@ -24,6 +25,7 @@ class CaseFigures:
     slots_visible: int
     ambiguous: int
     tokens: int
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, outcome: Outcome) -> Self:
@@ -40,6 +42,7 @@ class CaseFigures:
             slots_visible=verdict.slots_visible,
             ambiguous=verdict.ambiguous,
             tokens=verdict.tokens,
+            left_out=tuple(sorted(outcome.left_out)),
         )
 
     @classmethod
@@ -48,11 +51,12 @@ class CaseFigures:
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or set(content) != set(names):
             raise ValueError(f"its figures are not {', '.join(names)}")
-        numbers = {name: value for name, value in content.items() if name != "ran"}
+        numbers = {name: content[name] for name in names if name not in ("ran", "left_out")}
         if not all(type(value) in (int, float) for value in numbers.values()):
             raise ValueError("a figure is no number")
         transport, experts = content["ran"]
-        return cls(ran=(str(transport), str(experts)), **numbers)
+        left_out = tuple(map(str, content["left_out"]))
+        return cls(ran=(str(transport), str(experts)), left_out=left_out, **numbers)
 
 
 def _what_ran(path: str) -> tuple[str, str]:

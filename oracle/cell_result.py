@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.recurrence import Recurrence
 from twinmoe.oracle.strategies import Cell
@@ -48,30 +49,29 @@ class CellResult:
         decided = self.cases == 0 or self.undecided < self.cases
         return self.failure is None and self.worker_failure is None and decided
 
-    def add(self, case: Case, outcome: Outcome | None) -> None:
-        """Count one case; it has no outcome if a worker failed."""
+    def add(self, case: Case, figures: CaseFigures | None) -> None:
+        """Count one case; it has no figures if a worker failed."""
         self.cases += 1
         self.planted += bool(case.fault) and (outcome is None or outcome.fault_met)
         self.configs.add(case.config)
-        if outcome is None:
+        if figures is None:
             return
         self.answered += 1
-        self.seconds += outcome.run_seconds + outcome.judge_seconds
-        self.judge_seconds += outcome.judge_seconds
-        self.left_out.update(outcome.left_out)
-        self.ran[_what_ran(list(outcome.paths.values())[-1])] += 1
-        for verdict in outcome.verdicts.values():
-            self.worst_ratio = max(self.worst_ratio, verdict.worst_ratio)
-        verdict = outcome.verdicts.get("optimized") or next(iter(outcome.verdicts.values()))
-        self.elements += verdict.elements
-        self.flips += verdict.flips
-        self.slots += verdict.slots
-        self.slots_visible += verdict.slots_visible
-        self.ambiguous += verdict.ambiguous
-        self.tokens += verdict.tokens
+        self.ran[figures.ran] += 1
+        self.left_out.update(figures.left_out)
+        self.worst_ratio = max(self.worst_ratio, figures.worst_ratio)
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(figures, name))
 
 
-def _what_ran(path: str) -> tuple[str, str]:
-    """The parts of a path report that name software: transport, or layer, and expert backend."""
-    transport, experts = path.partition(": ")[2].split(", ")[:2]
-    return transport, experts.removesuffix(" experts")
+#: Figures that add up over cases.
+_SUMS = (
+    "seconds",
+    "judge_seconds",
+    "elements",
+    "flips",
+    "slots",
+    "slots_visible",
+    "ambiguous",
+    "tokens",
+)

@@ -4,7 +4,7 @@ import hashlib
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -12,14 +12,17 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.cell_result import CellResult
 from twinmoe.oracle.corners import CORNERS
-from twinmoe.oracle.failures import SetUpError, WorkerFailure
+from twinmoe.oracle.failures import SetUpError, WorkerFailure, account
 from twinmoe.oracle.faults import patch_named, require_fault
+from twinmoe.oracle.journal import Entry, Journal
 from twinmoe.oracle.recurrence import Tracing
 from twinmoe.oracle.strategies import Cell, cases
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Outcome, Trial
+from twinmoe.oracle.verdict import Finding
 from twinmoe.reference.config import ConfigError, MoEConfig
 
 #: After a failure, so many more trials may go into finding a simpler one.
@@ -62,6 +65,19 @@ class Plan:
     def asked(self) -> str:
         """The subject as an option on a command line, with a blank before it."""
         return "" if self.subject is None else f" --subject {shlex.quote(self.subject.text)}"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All that decides which cases are tried and what they answer, as a journal keeps it."""
+        return {
+            "cells": list(map(str, self.cells)),
+            "cases_per_cell": self.cases_per_cell,
+            "model": repr(self.model),
+            "seed": self.seed,
+            "fault": self.fault,
+            "device": self.device,
+            "subject": None if self.subject is None else [self.subject.text, self.subject.digest],
+        }
 
     def fit(self, case: Case) -> Case:
         """``case`` as one that the subject can be asked."""
@@ -107,18 +123,6 @@ class _CounterexampleError(AssertionError):
     """Raised inside Hypothesis to make it look for a simpler case."""
 
 
-def run_check(
-    plan: Plan, trial: Trial, progress: Callable[[CellResult, Case], None] = lambda *_: None
-) -> Iterator[CellResult]:
-    """Check each cell in turn; yields its result.  The first failure is shrunk."""
-    plan.check()
-    shrink, tracing = True, Tracing(trial.fails_again)
-    for cell in plan.cells:
-        result = _Search(plan, cell, trial, progress, shrink, tracing).run()
-        shrink = shrink and result.passed
-        yield result
-
-
 class _Search:
     """Hypothesis on one cell: pinned corners first, then drawn cases, then shrinking."""
 
@@ -130,9 +134,10 @@ class _Search:
         progress: Callable[[CellResult, Case], None],
         shrink: bool,
         tracing: Tracing,
+        journal: Journal,
     ) -> None:
         self.plan, self.cell, self.trial, self.progress = plan, cell, trial, progress
-        self.shrink, self._tracing = shrink, tracing
+        self.shrink, self._tracing, self._journal = shrink, tracing, journal
         self.result = CellResult(cell)
         self._known: dict[str, Outcome] = {}
         self._trials_left = SHRINK_TRIALS
@@ -140,7 +145,7 @@ class _Search:
         #: Ended from outside twice in one case: more would cost as much, and say as little.
         self._lost = False
 
-    def run(self) -> CellResult:
+    def run(self) -> None:
         """Search until the cases are spent or a failure has been made simple."""
         try:
             for _, corner in self.plan.corners(self.cell):
@@ -149,7 +154,6 @@ class _Search:
         except _CounterexampleError:
             self._diagnose()
         self._look_back()
-        return self.result
 
     def _look_back(self) -> None:
         """Find out whether workers are still there, and how what failed comes again."""
@@ -202,7 +206,11 @@ class _Search:
         if line not in self._known:
             if self._enough():
                 return
-            outcome = self._observe(case)
+            before = self._journal.recorded(str(self.cell), line)
+            if before is not None and before.passed and self.result.failure is None:
+                self._count(case, before)
+                return
+            outcome = self._observe(case, before)
             if outcome is None or outcome.equivalent or self._left_open(outcome):
                 return
             self._known[line] = outcome
@@ -212,10 +220,7 @@ class _Search:
 
     def _left_open(self, outcome: Outcome) -> bool:
         """Whether nothing is wrong but that near ties leave the answer of a plain layer open."""
-        if self.plan.subject is None or outcome.findings:
-            return False
-        self.result.undecided += self.result.failure is None
-        return True
+        return self.plan.subject is not None and not outcome.findings and not outcome.equivalent
 
     def _enough(self) -> bool:
         """Whether new cases now pass untried: the cell has failed, and more of it costs too much.
@@ -225,11 +230,14 @@ class _Search:
         shrunk = self.result.failure is not None and self._trials_left <= 0
         return shrunk or self.result.worker_failure is not None or self._lost
 
-    def _observe(self, case: Case) -> Outcome | None:
-        """Run the case; None if a worker failed, after which the cell is given up."""
+    def _observe(self, case: Case, before: Entry | None) -> Outcome | None:
+        """Run the case; None if a worker failed, after which the cell is given up.
+
+        ``before`` is what an earlier run saw of it: a failure stays one that does not come again.
+        """
         searching = self.result.failure is None
         self._trials_left -= 0 if searching else 1
-        outcome = None
+        outcome, failed = None, ""
         try:
             outcome = self.trial.run(case)
         except WorkerFailure as failure:
@@ -237,10 +245,33 @@ class _Search:
             if failure.outside is None:
                 self.result.worker_failure = failure.case or case, failure
             self._lost = failure.outside is not None
+            failed = "" if self._lost else account(failure)
+        if outcome is not None and outcome.equivalent and before is not None and before.failure:
+            list(outcome.verdicts.values())[-1].findings.append(_seen_before(before))
         if searching:
-            self.result.add(case, outcome)
-            self.progress(self.result, case)
+            self._keep(case, outcome, failed)
         return outcome
+
+    def _keep(self, case: Case, outcome: Outcome | None, failed: str) -> None:
+        """Write the case into the journal, and count it."""
+        figures, left_open = None, False
+        if outcome is not None:
+            figures, left_open = CaseFigures.of(outcome), self._left_open(outcome)
+            failed = "" if outcome.equivalent or left_open else outcome.explain()
+        entry = Entry(str(self.cell), str(case), figures, failed, left_open)
+        self._journal.add(entry)
+        self._count(case, entry)
+
+    def _count(self, case: Case, entry: Entry) -> None:
+        self.result.add(case, entry.figures)
+        self.result.undecided += entry.undecided
+        self.progress(self.result, case)
+
+
+def _seen_before(entry: Entry) -> Finding:
+    """What an earlier run of the same check saw, and this one does not."""
+    message = f"passes now, yet failed before this check was resumed:\n{entry.failure}"
+    return Finding("output", 0, None, None, message, relation="repeatability")
 
 
 @dataclass
@@ -249,6 +280,7 @@ class Summary:
 
     ``stopped`` says why cells are missing, where a failure was found before that; ``cut_off``,
     in which cases something ended a rank from outside, which says nothing about any layer.
+    ``interrupted``: somebody ended the check before its last case.
     """
 
     plan: Plan
@@ -256,6 +288,7 @@ class Summary:
     seconds: float
     stopped: str = ""
     cut_off: Sequence[tuple[Case, str]] = ()
+    interrupted: bool = False
 
     @property
     def equivalent(self) -> bool:
@@ -289,16 +322,31 @@ class Summary:
 
 
 def check(
-    plan: Plan, trial: Trial, progress: Callable[[CellResult, Case], None] = lambda *_: None
+    plan: Plan,
+    trial: Trial,
+    progress: Callable[[CellResult, Case], None] = lambda *_: None,
+    journal: Journal | None = None,
 ) -> Summary:
-    """Run the whole plan; raises SetUpError where no worker could be asked anything."""
-    start, stopped = time.perf_counter(), ""
+    """Check each cell in turn; the first failure is shrunk.
+
+    ``journal`` keeps each case's result, and knows those of a run that ended early: see
+    :meth:`Plan.identity`.  Raises SetUpError where no worker could be asked anything.
+    """
+    plan.check()
+    start, stopped, interrupted = time.perf_counter(), "", False
     results: list[CellResult] = []
+    tracing, journal = Tracing(trial.fails_again), journal or Journal()
     try:
-        for result in run_check(plan, trial, progress):
-            results.append(result)
+        for cell in plan.cells:
+            shrink = all(result.passed for result in results)
+            search = _Search(plan, cell, trial, progress, shrink, tracing, journal)
+            results.append(search.result)
+            search.run()
     except SetUpError as error:  # a failure that was found stands, whatever became of the rest
         if all(result.passed for result in results):
             raise
         stopped = str(error)
-    return Summary(plan, results, time.perf_counter() - start, stopped, tuple(trial.cut_off))
+    except KeyboardInterrupt:
+        interrupted = True
+    seconds = time.perf_counter() - start
+    return Summary(plan, results, seconds, stopped, tuple(trial.cut_off), interrupted)

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -36,6 +37,7 @@ from twinmoe.oracle.failures import SetUpError, WorkerFailure, account
 from twinmoe.oracle.faults_cli import faults
 from twinmoe.oracle.golden_cli import golden
 from twinmoe.oracle.interrupts import heard_once
+from twinmoe.oracle.journal import Journal
 from twinmoe.oracle.killswitch_cli import killswitch
 from twinmoe.oracle.plots import PlotError
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, EP_SIZES, Cell
@@ -77,7 +79,7 @@ class _Program(click.Group):
         try:
             with heard_once():
                 super().main(*args, **{**extra, "standalone_mode": False})
-            sys.exit(EQUIVALENT)
+            finish(EQUIVALENT)
         except click.UsageError as error:
             asked = error.ctx.command_path if error.ctx else "twinmoe"
             _end(f"{error.format_message().rstrip('.')}; see {asked} --help", COULD_NOT_RUN)
@@ -178,6 +180,11 @@ def _keep_hypothesis_out_of_here() -> None:
 @device_option
 @timeout_option(15.0)
 @json_option
+@click.option(
+    "--journal", "journal_file", type=click.Path(path_type=Path),
+    help="Keep each case's result in this file as it comes.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from what --journal holds.")
 @subject_option
 def check_command(**options: Any) -> None:
     """Run both twins side by side over every path, and judge each output element.
@@ -185,19 +192,22 @@ def check_command(**options: Any) -> None:
     Exit 0: equivalent.  Exit 1: not equivalent.  Exit 2: could not run.  Exit 3: a rank was ended
     from outside, and nothing else is wrong.  Exit 130: interrupted.
     """
-    summary = _run_check(**asked_of_subject(options))
+    summary, journal = _run_check(**asked_of_subject(options))
     if summary.plan.subject is None:
         verified = diagnosis.not_verified(options["device"])
     else:
         verified = not_judged(summary)
     report.show(summary, console, verified)
+    if summary.interrupted:
+        click.echo("twinmoe: interrupted; no verdict", err=True)
     finish(
-        _exit_code(summary.equivalent, summary.cut_off),
+        INTERRUPTED if summary.interrupted else _exit_code(summary.equivalent, summary.cut_off),
         Report("--json", options["json_file"], partial(report.write_json, summary)),
+        incomplete=journal.error and f"--journal ({journal.path}) is incomplete: {journal.error}",
     )
 
 
-def _run_check(**options: Any) -> Summary:
+def _run_check(**options: Any) -> tuple[Summary, Journal]:
     device = options["device"]
     diagnosis.require(device)
     transports = _transports(options["transport"], device)
@@ -215,13 +225,16 @@ def _run_check(**options: Any) -> Summary:
     )
     plan.check()
     check_writable(options["json_file"], "--json")
-    summary = _with_progress(plan, device, options["timeout"])
-    if plan.fault and not summary.planted:
+    if options["resume"] and options["journal_file"] is None:
+        raise ConfigError("--resume has nothing to go on from: add the --journal of that run")
+    with Journal(options["journal_file"], plan.identity, options["resume"]) as journal:
+        summary = _with_progress(plan, device, options["timeout"], journal)
+    if plan.fault and not summary.planted and not summary.interrupted:
         raise ConfigError(
             f"fault ({plan.fault!r}) was reached by none of {summary.cases} cases: nothing was "
             "shown about it; check more cells or cases"
         )
-    return summary
+    return summary, journal
 
 
 def _transports(text: str | None, device: str) -> list[str]:
@@ -249,12 +262,12 @@ def _model(name: str | None, scale: int | None) -> MoEConfig | None:
     return None
 
 
-def _with_progress(plan: Plan, device: str, timeout_s: float) -> Summary:
+def _with_progress(plan: Plan, device: str, timeout_s: float, journal: Journal) -> Summary:
     with (
         progress("starting workers", plan.total, columns=32) as advance,
         Trial(device, timeout_s, _names(plan.subject)) as trial,
     ):
-        return check(plan, trial, lambda result, _case: advance(_short(result.cell)))
+        return check(plan, trial, lambda result, _case: advance(_short(result.cell)), journal)
 
 
 def _names(subject: PlainName | None) -> tuple[str, ...]:

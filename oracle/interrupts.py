@@ -1,4 +1,4 @@
-"""Ctrl-C, once: heard wherever Python happens to stand, and not again while all is cleaned up."""
+"""Ctrl-C or SIGTERM, once: heard wherever Python stands, and not again while all is cleaned up."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def _end(*_: object) -> NoReturn:
 
 @contextmanager
 def heard_once() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the body for the first Ctrl-C, and for none that follows soon.
+    """Raise KeyboardInterrupt in the body for the first Ctrl-C or SIGTERM, for none soon after.
 
     Python runs the handler wherever it stands.  In a callback (of the garbage collector, of a
     weak reference) the exception cannot spread: it would be printed and forgotten, and is
@@ -67,6 +67,7 @@ def heard_once() -> Iterator[None]:
     told, sys.unraisablehook = sys.unraisablehook, lost
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, press),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, press),
         signal.SIGALRM: signal.signal(signal.SIGALRM, _again),
     }
     try:

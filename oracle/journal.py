@@ -9,12 +9,10 @@ failed is run anew, since a failure is worth a diagnosis.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import twinmoe.optimized
@@ -41,6 +39,11 @@ class Entry:
     figures: CaseFigures | None
     failure: str = ""
     undecided: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """It was answered, and nothing was wrong."""
+        return self.figures is not None and not self.failure
 
     @classmethod
     def read(cls, content: Any) -> Self:
@@ -91,10 +94,6 @@ class Journal:
                 f"--journal ({path}) cannot be written: {error.strerror}; name another file"
             ) from None
         self._write(header)
-
-    def __len__(self) -> int:
-        """Cases that an earlier run left here."""
-        return len(self._entries)
 
     def recorded(self, cell: str, case: str) -> Entry | None:
         """What an earlier run left about this case of this cell."""
@@ -189,10 +188,3 @@ def _sources() -> str:
             digest.update(f"{package.__name__}/{file.relative_to(folder)}\0".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def source_of(module: str) -> str:
-    """A digest of the file of an imported module, empty if it has none."""
-    found: ModuleType | None = sys.modules.get(module)
-    file = Path(getattr(found, "__file__", None) or "")
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""

@@ -154,11 +154,8 @@ def show(summary: Summary, console: Console, verified: str) -> None:
     console.print(f"\n{throughput(summary)}", highlight=False)
     for case, what in summary.cut_off[:5]:
         console.print(f"\nended from outside in '{case}': {what}", markup=False, soft_wrap=True)
-    word = "equivalent" if summary.equivalent else "NOT equivalent"
-    if summary.equivalent and summary.cut_off:
-        word = f"no verdict ({len(summary.cut_off)} ended from outside, nothing else wrong)"
     console.print(
-        f"{word}: {summary.cases} cases in {len(summary.results)} cells, "
+        f"{_verdict(summary)}: {summary.cases} cases in {len(summary.results)} cells, "
         f"{summary.seconds:.0f} s, seed {summary.plan.seed}",
         highlight=False,
     )
@@ -168,10 +165,21 @@ def show(summary: Summary, console: Console, verified: str) -> None:
         console.print(verified, highlight=False, soft_wrap=True)
 
 
+def _verdict(summary: Summary) -> str:
+    if not summary.equivalent:
+        return "NOT equivalent"
+    if summary.interrupted:
+        return f"no verdict (interrupted before {summary.plan.total} cases, nothing wrong so far)"
+    if summary.cut_off:
+        return f"no verdict ({len(summary.cut_off)} ended from outside, nothing else wrong)"
+    return "equivalent"
+
+
 def as_json(summary: Summary) -> dict[str, Any]:
     """Everything the table shows, and the failures, for a program to read."""
     return {
-        "equivalent": summary.equivalent and not summary.cut_off,
+        "equivalent": summary.equivalent and not summary.cut_off and not summary.interrupted,
+        "interrupted": summary.interrupted,
         "cases": summary.cases,
         "seconds": round(summary.seconds, 3),
         "seed": summary.plan.seed,

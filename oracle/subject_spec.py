@@ -3,6 +3,7 @@
 A name travels to the workers, and each of them imports it for itself.
 """
 
+import hashlib
 import importlib
 import sys
 import traceback
@@ -31,6 +32,14 @@ class PlainName:
 
     def __post_init__(self) -> None:
         load_factory(self.text)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file that the name stands for: another layer may lie there tomorrow."""
+        module = self.text.rpartition(":")[0]
+        named = module if module.endswith(".py") else getattr(sys.modules[module], "__file__", None)
+        file = Path(named or "")
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
     def fit(self, case: Case) -> Case:
         """``case`` as one that the layer can be asked: see :func:`fitted`.

@@ -104,14 +104,14 @@ class Report:
         return ""
 
 
-def finish(code: int, *reports: Report) -> NoReturn:
+def finish(code: int, *reports: Report, incomplete: str = "") -> NoReturn:
     """Exit with ``code``, after the verdict was shown, and write the reports.
 
-    One that cannot be written is named, and costs neither the verdict nor the other reports: the
-    exit code is then NOT_WRITTEN, unless ``code`` itself says more.
+    One that cannot be written is named, as is what is ``incomplete`` already, and costs neither the
+    verdict nor the other reports: the exit code is then NOT_WRITTEN, unless ``code`` says more.
     """
-    missing = [f"the output could not be written: {_output.lost}"] if _output.lost else []
-    missing += filter(None, [report.write() for report in reports])
+    lost = f"the output could not be written: {_output.lost}" if _output.lost else ""
+    missing = list(filter(None, [lost, incomplete, *(report.write() for report in reports)]))
     for each in missing:
         click.echo(f"twinmoe: {each}", err=True)
     sys.exit(NOT_WRITTEN if missing and code == EQUIVALENT else code)

@@ -5,17 +5,20 @@ Trials are acted here, so that the search itself is what is tested; tests/meta p
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from twinmoe.oracle.case import MODES, Case
+from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.cell_result import CellResult
 from twinmoe.oracle.check import SHRINK_TRIALS, Plan, Summary, check, plan_cells
 from twinmoe.oracle.contracts import reference_contract
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerDied
 from twinmoe.oracle.faults import FAULTS, Fault
+from twinmoe.oracle.journal import Journal
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES
 from twinmoe.oracle.trial import Outcome
 from twinmoe.oracle.verdict import Finding, Verdict
@@ -219,6 +222,79 @@ def test_a_death_while_shrinking_does_not_hide_the_failure() -> None:
     assert not result.passed
 
 
+# --- journals --------------------------------------------------------------------------------
+
+
+class _Stopped(ActedTrial):
+    """Somebody presses Ctrl-C in the middle of a case."""
+
+    def __init__(self, at: int, wrong: Callable[[Case], bool] = lambda _: False) -> None:
+        super().__init__(wrong)
+        self._at = at
+
+    def run(self, case: Case) -> Outcome:
+        """Be interrupted in case number ``at``."""
+        if len(self.cases) == self._at:
+            raise KeyboardInterrupt
+        return super().run(case)
+
+
+def test_an_interrupted_check_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """Nothing that passed is run again, and the resumed check says what one in a piece says."""
+    path, plan = tmp_path / "journal", plan_of((1, 2))
+    whole, in_a_piece = ActedTrial(), plan.total
+    expected = check(plan, whole)
+    for stop in (3, len(CORNERS) + 5):
+        path.unlink(missing_ok=True)
+        with Journal(path, plan.identity) as journal:
+            first = check(plan, _Stopped(stop), journal=journal)
+        assert first.interrupted
+        assert first.cases == stop
+        trial = ActedTrial()
+        with Journal(path, plan.identity, resume=True) as journal:
+            second = check(plan, trial, journal=journal)
+        assert [*whole.cases[:stop], *trial.cases] == whole.cases
+        assert second.results == expected.results
+        assert second.cases == in_a_piece
+        assert not second.interrupted
+
+
+def test_a_failure_is_run_again_when_a_check_is_resumed(tmp_path: Path) -> None:
+    """It gets its diagnosis and its simplest case, as if nothing had ended the run."""
+    path, plan = tmp_path / "journal", plan_of((1, 2), cases=20)
+
+    def wrong(case: Case) -> bool:
+        return case.ep_size == 1 and case.seed > 0
+
+    expected = check(plan, ActedTrial(wrong))
+    with Journal(path, plan.identity) as journal:
+        failed = check(plan, _Stopped(len(CORNERS) + 4, wrong), journal=journal)
+    assert failed.interrupted
+    assert not failed.equivalent
+    with Journal(path, plan.identity, resume=True) as journal:
+        resumed = check(plan, ActedTrial(wrong), journal=journal)
+    assert resumed.results == expected.results
+
+
+def test_a_recorded_failure_that_does_not_come_again_is_one_still(tmp_path: Path) -> None:
+    """What was seen before the interruption was seen, and its account is kept."""
+    path, plan = tmp_path / "journal", plan_of((1,))
+    with Journal(path, plan.identity) as journal:
+        check(
+            plan,
+            _Stopped(6, lambda case: case == CORNERS["one token"](plan.cells[0])),
+            journal=journal,
+        )
+    with Journal(path, plan.identity, resume=True) as journal:
+        resumed = check(plan, ActedTrial(), journal=journal)
+    (result,) = resumed.results
+    assert not resumed.equivalent
+    assert result.failure is not None
+    account = result.failure.explain()
+    assert "passes now, yet failed before this check was resumed" in account
+    assert "out[...]" in account
+
+
 # --- planted faults --------------------------------------------------------------------------
 
 
@@ -243,7 +319,7 @@ def test_results_count_both_subjects_and_what_ran() -> None:
         "reference": Verdict(contract, "", worst_ratio=0.75, elements=7),
         "optimized": Verdict(contract, PATH, worst_ratio=0.5, elements=5, flips=1),
     }
-    result.add(case, Outcome(case, verdicts, {"optimized": PATH}, 1.0, 0.5))
+    result.add(case, CaseFigures.of(Outcome(case, verdicts, {"optimized": PATH}, 1.0, 0.5)))
     assert result.worst_ratio == 0.75
     assert (result.elements, result.flips) == (5, 1)
     assert result.ran == {("p2p", "grouped_mm"): 1}

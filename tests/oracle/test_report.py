@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.cell_result import CellResult
 from twinmoe.oracle.check import Plan, Summary, plan_cells
 from twinmoe.oracle.contracts import reference_contract
@@ -45,7 +46,7 @@ def result_of(cell: Cell, ratio: float = 0.5, message: str = "") -> CellResult:
     result = CellResult(cell)
     case = CORNERS["k = E"](cell)
     outcome = outcome_of(case, ratio, message)
-    result.add(case, outcome)
+    result.add(case, CaseFigures.of(outcome))
     if message:
         result.failure = result.first_failure = outcome
     return result
