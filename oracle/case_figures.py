@@ -12,7 +12,8 @@ class CaseFigures:
 
     ``ran`` names transport and expert backend as the path report does; ``worst_ratio`` is over all
     subjects, the counts are those of the optimized layer, or of the only one.  ``left_out`` is what
-    the history asked of a layer that does not offer it.
+    the history asked of a layer that does not offer it; ``fault_met`` says whether a rank
+    met the planted fault.
     """
 
     ran: tuple[str, str]
@@ -26,6 +27,7 @@ class CaseFigures:
     ambiguous: int
     tokens: int
     left_out: tuple[str, ...] = ()
+    fault_met: bool = False
 
     @classmethod
     def of(cls, outcome: Outcome) -> Self:
@@ -43,6 +45,7 @@ class CaseFigures:
             ambiguous=verdict.ambiguous,
             tokens=verdict.tokens,
             left_out=tuple(sorted(outcome.left_out)),
+            fault_met=outcome.fault_met,
         )
 
     @classmethod
@@ -52,7 +55,7 @@ class CaseFigures:
         if not isinstance(content, dict) or set(content) != set(names):
             raise ValueError(f"its figures are not {', '.join(names)}")
         numbers = {name: content[name] for name in names if name not in ("ran", "left_out")}
-        if not all(type(value) in (int, float) for value in numbers.values()):
+        if not all(isinstance(value, int | float) for value in numbers.values()):
             raise ValueError("a figure is no number")
         transport, experts = content["ran"]
         left_out = tuple(map(str, content["left_out"]))

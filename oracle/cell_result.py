@@ -52,7 +52,7 @@ class CellResult:
     def add(self, case: Case, figures: CaseFigures | None) -> None:
         """Count one case; it has no figures if a worker failed."""
         self.cases += 1
-        self.planted += bool(case.fault) and (outcome is None or outcome.fault_met)
+        self.planted += bool(case.fault) and (figures is None or figures.fault_met)
         self.configs.add(case.config)
         if figures is None:
             return

@@ -1,5 +1,6 @@
 """``twinmoe`` as a program of its own: however it ends, nothing of it is left."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,12 @@ from typing import Any
 import pytest
 
 from twinmoe.oracle import cli
+from twinmoe.oracle.exit_codes import NOT_WRITTEN
 
 NARROW = ["--mode", "eager", "--dtype", "bf16"]
+#: A check of a few seconds.
+SHORT = ["--ep", "1", "--transport", "alltoall", *NARROW, "--model", "mixtral-8x7b"]
+SHORT += ["--scale", "64"]
 
 
 class Program:
@@ -32,12 +37,12 @@ class Program:
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
 
-    def interrupt(self, whole_terminal: bool) -> None:
+    def interrupt(self, whole_terminal: bool, number: int = signal.SIGINT) -> None:
         """Press Ctrl-C, which reaches the whole terminal, or interrupt the program alone."""
         if whole_terminal:
-            os.killpg(self.process.pid, signal.SIGINT)
+            os.killpg(self.process.pid, number)
         else:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(number)
 
     def __enter__(self) -> "Program":
         return self
@@ -83,15 +88,20 @@ def segments() -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [3, 5], ids=["while workers start", "while cases run"])
-@pytest.mark.parametrize("whole_terminal", [True, False])
-def test_ctrl_c_leaves_nothing_and_gives_no_verdict(processes: int, whole_terminal: bool) -> None:
+@pytest.mark.parametrize(
+    ("whole_terminal", "number"),
+    [(True, signal.SIGINT), (False, signal.SIGINT), (False, signal.SIGTERM)],
+)
+def test_an_interrupt_leaves_nothing_and_gives_no_verdict(
+    processes: int, whole_terminal: bool, number: int
+) -> None:
     """Interrupted early or late, as a terminal or as kill does it: exit 130, one line, no child."""
     before = segments()
     with Program("check", "--ep", "2", *NARROW, "--cases", "5000") as program:
         # itself, multiprocessing's two servers, and two workers
         program.wait_for(lambda: len(program.family()) >= processes, 60)
         time.sleep(0.5)
-        program.interrupt(whole_terminal)
+        program.interrupt(whole_terminal, number)
         stdout, stderr = program.process.communicate(timeout=60)
         assert program.process.returncode == cli.INTERRUPTED
         assert stderr.strip() == "twinmoe: interrupted; no verdict"
@@ -126,17 +136,62 @@ def test_a_check_whose_workers_die_leaves_nothing_behind() -> None:
     assert segments() <= before
 
 
-@pytest.mark.parametrize("command", [["contracts"], ["--help"], ["doctor"]])
-def test_what_nobody_could_read_is_no_verdict(command: list[str]) -> None:
-    """Exit 2, and one line, where the output goes nowhere: 1 would call a layer wrong."""
+def finished(*command: str, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "twinmoe.oracle", *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("contracts", NOT_WRITTEN), ("--help", cli.COULD_NOT_RUN), ("doctor", NOT_WRITTEN)],
+)
+def test_what_nobody_could_read_is_no_success(command: str, code: int) -> None:
+    """One line, and neither 0 nor 1, where the output goes nowhere: 1 would call a layer wrong."""
     with Path("/dev/full").open("w") as nowhere:
-        run = subprocess.run(
-            [sys.executable, "-m", "twinmoe.oracle", *command],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=300, check=False,
-        )  # fmt: skip
-    assert run.returncode == cli.COULD_NOT_RUN, run.stderr
+        run = finished(command, stdout=nowhere)
+    assert run.returncode == code, run.stderr
     assert "No space left" in run.stderr
+
+
+def test_a_full_disk_costs_the_report_and_not_the_verdict() -> None:
+    """The table and the verdict are shown; the file is named on stderr, and in the exit code."""
+    run = finished("check", *SHORT, "--cases", "1", "--json", "/dev/full")
+    assert run.returncode == NOT_WRITTEN
+    assert "equivalent: 1 cases in 1 cells" in run.stdout
+    assert run.stderr == (
+        "twinmoe: --json (/dev/full) could not be written: No space left on device\n"
+    )
+
+
+def test_a_reader_that_is_gone_costs_the_table_and_not_the_report(tmp_path: Path) -> None:
+    """The file is whole, and the exit code says that the output is not."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = finished("check", *SHORT, "--cases", "1", "--json", str(tmp_path / "r"), stdout=writing)
+    os.close(writing)
+    assert run.returncode == NOT_WRITTEN
+    assert json.loads((tmp_path / "r").read_text())["equivalent"] is True
+    assert run.stderr == "twinmoe: the output could not be written: Broken pipe\n"
+
+
+def test_a_check_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """SIGKILL costs the case at hand: the others are in the journal, the verdict is of them all."""
+    journal = tmp_path / "journal"
+    command = ["check", *SHORT, "--cases", "12", "--journal", str(journal)]
+    with Program(*command) as program:
+        program.wait_for(lambda: journal.exists() and journal.read_text().count("\n") > 3, 120)
+        program.interrupt(whole_terminal=False, number=signal.SIGKILL)
+        program.process.communicate(timeout=60)
+    kept = journal.read_text().count("\n") - 1
+    run = finished(*command, "--resume", "--json", str(tmp_path / "report"))
+    assert run.returncode == cli.EQUIVALENT, run.stderr
+    assert json.loads((tmp_path / "report").read_text())["cases"] == 12
+    assert 3 <= kept <= 12
+    assert journal.read_text().count("\n") - 1 == 12
 
 
 def test_a_defect_of_the_program_is_no_verdict() -> None:
