@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from twinmoe.oracle.case import MODES, Case
-from twinmoe.oracle.check import plan_cells
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import Fault
+from twinmoe.oracle.plan import plan_cells
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, DTYPES, EP_SIZES, Cell, cases
 from twinmoe.oracle.trial import Trial
 

@@ -24,7 +24,7 @@ from twinmoe.oracle import report, torchrun
 from twinmoe.oracle.bench_cli import bench
 from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, Case, CaseError
-from twinmoe.oracle.check import Plan, Summary, check, plan_cells
+from twinmoe.oracle.check import Summary, check
 from twinmoe.oracle.contracts_cli import contracts
 from twinmoe.oracle.exit_codes import (
     COULD_NOT_RUN,
@@ -39,6 +39,7 @@ from twinmoe.oracle.golden_cli import golden
 from twinmoe.oracle.interrupts import heard_once
 from twinmoe.oracle.journal import Journal
 from twinmoe.oracle.killswitch_cli import killswitch
+from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.plots import PlotError
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, EP_SIZES, Cell
 from twinmoe.oracle.subject import SUBJECTS

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.check import plan_cells
+from twinmoe.oracle.plan import plan_cells
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES, cases, token_counts
 from twinmoe.reference.config import MoEConfig
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.check import Plan, check, plan_cells
+from twinmoe.oracle.check import check
 from twinmoe.oracle.failures import WorkerDied, WorkerHang
 from twinmoe.oracle.faults import FAULTS
+from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.trial import Outcome, Trial
 
 #: Faults that any case shows; ``test_caught.py`` has a case for each of the others.

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinmoe.oracle.case import MAX_SEED, MODES, TRANSPORTS, Case, CaseError
-from twinmoe.oracle.check import plan_cells
 from twinmoe.oracle.corners import CORNERS
+from twinmoe.oracle.plan import plan_cells
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES, cases
 from twinmoe.reference.config import ConfigError
 

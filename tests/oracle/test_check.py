@@ -13,12 +13,13 @@ import torch
 from twinmoe.oracle.case import MODES, Case
 from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.cell_result import CellResult
-from twinmoe.oracle.check import SHRINK_TRIALS, Plan, Summary, check, plan_cells
+from twinmoe.oracle.check import SHRINK_TRIALS, Summary, check
 from twinmoe.oracle.contracts import reference_contract
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerDied
 from twinmoe.oracle.faults import FAULTS, Fault
 from twinmoe.oracle.journal import Journal
+from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES
 from twinmoe.oracle.trial import Outcome
 from twinmoe.oracle.verdict import Finding, Verdict

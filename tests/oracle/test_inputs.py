@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.oracle.digests import of_case
 from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.case import BIASES, MODES, TRANSPORTS, VALUES, Case
-from twinmoe.oracle.check import plan_cells
 from twinmoe.oracle.inputs import hidden_for, largest_batch, tokens_at, weights_for
+from twinmoe.oracle.plan import plan_cells
 from twinmoe.oracle.strategies import DTYPES, EP_SIZES, cases
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement

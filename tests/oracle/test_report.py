@@ -12,10 +12,11 @@ from rich.console import Console
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.cell_result import CellResult
-from twinmoe.oracle.check import Plan, Summary, plan_cells
+from twinmoe.oracle.check import Summary
 from twinmoe.oracle.contracts import reference_contract
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.failures import WorkerHang
+from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.report import (
     as_json,
     failures,

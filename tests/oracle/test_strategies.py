@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinmoe.oracle.case import MODES, Case
-from twinmoe.oracle.check import Plan, plan_cells
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.doctor import require_case
 from twinmoe.oracle.inputs import hidden_for, weights_for
+from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.strategies import (
     DEVICE_TRANSPORTS,
     DTYPES,

@@ -12,8 +12,10 @@ from tests.meta.survey.results import Result
 from twinmoe.oracle import check as checking
 from twinmoe.oracle.campaign import hunt
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.check import CellResult, Plan, check, plan_cells
+from twinmoe.oracle.cell_result import CellResult
+from twinmoe.oracle.check import check
 from twinmoe.oracle.faults.fault import Fault
+from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
 from twinmoe.reference.config import DTYPES
