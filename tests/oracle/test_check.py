@@ -175,7 +175,7 @@ def test_a_drawn_failure_is_made_simple() -> None:
 
 def test_shrinking_is_bounded_and_done_once() -> None:
     """A failure costs at most SHRINK_TRIALS more; a second failing cell is not shrunk at all."""
-    trial = ActedTrial(wrong=lambda case: case.seed > 0)
+    trial = ActedTrial(wrong=lambda case: case.seed > 1)
     summary = searched(trial, plan_of((1, 2), cases=20))
     first, second = summary.results
     assert not first.passed
@@ -216,7 +216,7 @@ def test_dead_workers_fail_their_cell_at_once_and_the_next_cell_runs() -> None:
 
 def test_a_death_while_shrinking_does_not_hide_the_failure() -> None:
     """When a simpler case kills a worker, both are reported: the failure and the death."""
-    trial = ActedTrial(wrong=lambda case: case.seed > 100, deadly=lambda case: 0 < case.seed <= 100)
+    trial = ActedTrial(wrong=lambda case: case.seed > 100, deadly=lambda case: 1 < case.seed <= 100)
     (result,) = searched(trial, plan_of(cases=20)).results
     assert result.failure is not None
     assert result.failure.case.seed > 100
@@ -265,7 +265,7 @@ def test_a_failure_is_run_again_when_a_check_is_resumed(tmp_path: Path) -> None:
     path, plan = tmp_path / "journal", plan_of((1, 2), cases=20)
 
     def wrong(case: Case) -> bool:
-        return case.ep_size == 1 and case.seed > 0
+        return case.ep_size == 1 and case.seed > 1
 
     expected = check(plan, ActedTrial(wrong))
     with Journal(path, plan.identity) as journal:
