@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from twinmoe.oracle.case import MODES
 from twinmoe.oracle.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,3 +164,10 @@ def test_no_device_is_no_pass(run: Run) -> None:
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert started == []
+
+
+def test_modes_that_are_asked_for_exist() -> None:
+    """A mode of another name would end the check before it starts, which only a GPU would show."""
+    asked = re.findall(r"--mode (\S+)", (ROOT / "ci/gpu").read_text())
+    assert asked
+    assert {mode for modes in asked for mode in modes.split(",")} <= set(MODES)
