@@ -21,6 +21,7 @@ from twinmoe.oracle.observation import RankObservation, Taps, Unreadable
 from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.truth import Truth
 from twinmoe.oracle.verdict import Finding
+from twinmoe.oracle.visible import visible
 from twinmoe.reference.config import MoEConfig
 
 
@@ -114,7 +115,7 @@ class _Door:
             shape = (self.counts[self.rank], self.config.hidden_size)
             output_TH = torch.full(shape, torch.nan, dtype=self.config.dtype)
         taps = self._taps(seen.taps)
-        path = self._or_else("path", seen.path, "", "a str")
+        path = visible(self._or_else("path", seen.path, "", "a str"))
         launches = self._or_else("launches", seen.launches, Counter(), "counts by name")
         misshapen = (*seen.misshapen, *self.found)
         return RankObservation(output_TH, taps, path, launches, misshapen)

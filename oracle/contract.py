@@ -12,6 +12,9 @@ import torch
 from twinmoe.oracle.quantise import Quantiser
 from twinmoe.oracle.rounding import FORMATS, FP32, FP64, Format
 
+#: Characters of a contract's name.
+_NAME = 200
+
 
 class Wire(Enum):
     """How partial sums of several ranks become one: the order, and the roundings.
@@ -96,7 +99,8 @@ class RoundingContract:
     shared expert has points of its own; ``shared_gate_logits``, ``shared_gate_weights`` (their
     sigmoid) and ``shared_terms`` (its weighted outputs) are of its gate.
 
-    Raises TypeError for a ``torch.dtype``: a format also says how it rounds and overflows.
+    Raises TypeError for a ``torch.dtype``: a format also says how it rounds and overflows; and
+    ValueError for a ``name`` that does not fit into a line of a report.
     """
 
     name: str
@@ -135,6 +139,11 @@ class RoundingContract:
     output: Format
 
     def __post_init__(self) -> None:
+        if len(self.name) > _NAME or not self.name.isprintable():
+            raise ValueError(
+                f"name ({self.name!r:.{_NAME}}) of a contract stands in reports: give it up to "
+                f"{_NAME} characters, all of them printable"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.dtype):

@@ -2,14 +2,16 @@
 
 import re
 import signal
+import traceback
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from twinmoe.oracle import places
 from twinmoe.oracle.breadcrumbs import Footprint, Phase
 from twinmoe.oracle.outside import Outside
+from twinmoe.oracle.visible import visible
 
 #: How an innocent rank's collective ends when another rank has gone away, or says that it cannot.
 _SECONDARY = re.compile(
@@ -21,17 +23,33 @@ _SECONDARY = re.compile(
 #: What the adapter itself raises about a layer.
 LAYER_ERROR = "LayerError"
 
+#: Frames and texts of a traceback that are kept at either end.
+_PARTS = 100
+
 #: Raised for what a user asked: options and environment, no layer's doing.
 _SET_UP = "ConfigError"
 
 
 @dataclass(frozen=True)
 class Raised:
-    """An exception of a task, as text: its class may not be importable in the driver."""
+    """An exception of a task, as text: its class may not be importable in the driver.
+
+    The text is bounded and visible: see :mod:`twinmoe.oracle.visible`.
+    """
 
     type_name: str
     text: str
     traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Read ``error``, whatever its class makes of being read."""
+        told = traceback.TracebackException.from_exception(error)
+        try:
+            text = str(error)
+        except Exception as failed:  # a class of anyone's says what it is
+            text = f"its text cannot be read: __str__ raised {type(failed).__qualname__}"
+        return cls(visible(type(error).__qualname__), visible(text), _written(told))
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}" if self.text else self.type_name
@@ -297,6 +315,15 @@ def _doing(footprint: Footprint, finished: bool) -> str:
         Phase.INSIDE: f"waiting in {number}",
         Phase.PAST: f"past {number}",
     }[footprint.phase]
+
+
+def _written(told: traceback.TracebackException) -> str:
+    """A traceback of visible parts: frames, texts; of very many, the first and the last."""
+    parts = [visible(part) for part in told.format()]
+    if len(parts) > 2 * _PARTS:
+        left_out = f"  [... {len(parts) - 2 * _PARTS} parts of the traceback left out ...]\n"
+        parts[_PARTS:-_PARTS] = [left_out]
+    return "".join(parts)
 
 
 def _signal_name(number: int) -> str:

@@ -24,6 +24,7 @@ from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.relations import RELATIONS
 from twinmoe.oracle.scenario import Change, Scenario
 from twinmoe.oracle.subject import Call, Changeable, SubjectFactory
+from twinmoe.oracle.visible import visible
 from twinmoe.oracle.worker import RankContext
 
 #: How long a late rank waits before each operation: long beside a store, short beside a case.
@@ -186,7 +187,7 @@ class Session:
         promised, required = subject.contract(call), subject.required(call)
         shown = admitted(observation, rank, tokens, scenario.config, promised)
         self._answers.append(
-            Answer(act, scenario, promised, required, call, shown, tuple(complaints))
+            Answer(act, scenario, promised, required, call, shown, tuple(map(visible, complaints)))
         )
 
     def _layer(self, key: Case | Change, scenario: Scenario) -> LiveLayer:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.failures import Raised
 from twinmoe.oracle.layer_space import fitted, narrow_of
 from twinmoe.oracle.plain_layer import LayerFactory, PlainSubject
 from twinmoe.oracle.subject import SUBJECTS, SubjectFactory
@@ -50,7 +51,7 @@ class PlainName:
             return fitted(case, narrow_of(load_factory(self.text)))
         except Exception as error:  # whatever a function of somebody's stumbles over
             raise ConfigError(
-                f"{_place(error)}{type(error).__name__}: {error}\n  what {self.text} declares with "
+                f"{_place(error)}{Raised.of(error)}\n  what {self.text} declares with "
                 "runs failed on a layer's config: it takes any MoEConfig to one that it can run"
             ) from error
 
@@ -125,7 +126,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a module of somebody's stumbles over
         raise ConfigError(
-            f"{_place(error)}{type(error).__name__}: {error}\n  subject ({name!r}) cannot be "
+            f"{_place(error)}{Raised.of(error)}\n  subject ({name!r}) cannot be "
             f"imported: {_FORM}, as seen from {Path.cwd()}"
         ) from error
     imported = Path(module.__file__ or "")

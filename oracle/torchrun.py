@@ -10,7 +10,6 @@ import atexit
 import ctypes
 import os
 import pickle
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,7 +109,7 @@ class _Office:
             function, args = wire.load_task(task)
             return function(context, *args)
         except Exception as error:  # told to rank 0, which decides what becomes of the run
-            return Raised(type(error).__qualname__, str(error), traceback.format_exc())
+            return Raised.of(error)
 
 
 _office: _Office | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from twinmoe.oracle.contract import RoundingContract
+from twinmoe.oracle.visible import visible
 
 #: In the order of the data flow: the first one at fault names the culprit.
 STAGES = ("router", "dispatch", "experts", "combine", "output")
@@ -32,6 +33,7 @@ class Finding:
     """One fault, at one place.  ``token`` and ``dim`` index that rank's rows.
 
     ``relation`` names the property that does not hold, empty for the envelope around truth.
+    ``message`` may quote a layer: it is made :func:`visible`.
     """
 
     stage: str
@@ -42,6 +44,9 @@ class Finding:
     ratio: float = torch.inf
     proof: bool = False
     relation: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", visible(self.message))
 
     def __str__(self) -> str:
         return self.message

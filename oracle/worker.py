@@ -7,9 +7,8 @@ import os
 import shutil
 import signal
 import threading
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -146,12 +145,13 @@ def _answer(data: bytes, context: Any) -> bytes:
     try:
         return wire.dumps(answer)
     except Exception as error:  # a value may be of anyone's making
-        text = f"the task's result cannot be sent to the driver: {error}"
-        return wire.dumps(Raised(type(error).__qualname__, text, traceback.format_exc()))
+        raised = Raised.of(error)
+        text = f"the task's result cannot be sent to the driver: {raised.text}"
+        return wire.dumps(replace(raised, text=text))
 
 
 def _attempt(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except BaseException as error:  # SystemExit too is the task's answer
-        return Raised(type(error).__qualname__, str(error), traceback.format_exc())
+        return Raised.of(error)

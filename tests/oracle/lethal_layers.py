@@ -64,11 +64,26 @@ def _crash(_place: RankContext) -> None:
     signal.raise_signal(signal.SIGSEGV)
 
 
+def _rage(_place: RankContext) -> None:
+    raise ValueError("\x1b[2J\x1b[31mNO\ud800" + "x" * 200_000 + "\x07")
+
+
+class _Unspeakable(Exception):  # noqa: N818 - what it is, not what it is called
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def _fail_to_say_why(_place: RankContext) -> None:
+    raise _Unspeakable
+
+
 one_sided = _first(_wait_for_nobody)
 spinning = _first(_spin)
 leaving = _first(_leave)
 killing_itself = _first(_kill_itself)
 crashing = _first(_crash)
+raging = _first(_rage)
+unspeakable = _first(_fail_to_say_why)
 
 
 def _fork_and_go_on(_place: RankContext) -> None:

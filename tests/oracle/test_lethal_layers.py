@@ -14,7 +14,14 @@ from click.testing import CliRunner
 from tests.oracle import lethal_layers
 from twinmoe.oracle import cli, descendants
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.failures import WorkerDied, WorkerFailure, WorkerHang, WorkerLost, account
+from twinmoe.oracle.failures import (
+    WorkerDied,
+    WorkerError,
+    WorkerFailure,
+    WorkerHang,
+    WorkerLost,
+    account,
+)
 from twinmoe.oracle.recurrence import Tracing
 from twinmoe.oracle.trial import Trial
 
@@ -138,3 +145,22 @@ def test_a_failure_that_an_earlier_case_left_behind_is_replayed_with_it() -> Non
     assert told.endswith(f"reproduce: twinmoe replay --subject {subject} '{five}' '{three}'")
     again = CliRunner().invoke(cli.main, ["replay", "--subject", subject, five, three])
     assert again.exit_code == cli.NOT_EQUIVALENT, again.output
+
+
+def test_what_a_layer_raises_is_bounded_and_visible(judged: Callable[[str], Trial]) -> None:
+    """200 kB with terminal escapes: a few lines that a terminal prints, and the place first."""
+    with pytest.raises(WorkerError) as caught:
+        judged("raging").run(ONE)
+    told = account(caught.value)
+    assert re.match(rf"{re.escape(str(FILE))}:\d+ in _rage: ValueError: ", told)
+    assert r"\x1b[2J\x1b[31mNO\ud800xxx" in told
+    assert r"xxx\x07" in told
+    for text in (told, str(caught.value), *caught.value.__notes__):
+        assert len(text) < 10_000
+        assert text.replace("\n", "").isprintable()
+
+
+def test_an_exception_without_words_is_the_layers_own(judged: Callable[[str], Trial]) -> None:
+    """A class whose __str__ raises is named; the worker lives to say so."""
+    with pytest.raises(WorkerError, match=r"_Unspeakable: .* __str__ raised RuntimeError"):
+        judged("unspeakable").run(ONE)
