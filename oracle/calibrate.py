@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.defects import JudgeDefectError, judging
 from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.oracle.judgement import judge
 from twinmoe.oracle.session import Answer
+from twinmoe.oracle.showing import Showing
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.trial import observe_case
@@ -34,7 +36,7 @@ class PathRecord:
     ``ratios`` error over allowed error of the worst element; ``flips`` and ``expected``
     shares of elements; ``alarms`` the lines of cases that were judged not equivalent.
     ``signs`` has one entry for each token with flips: their mean direction, +1 away from
-    zero, -1 toward it.
+    zero, -1 toward it.  ``defects`` tell which cases could not be judged.
     """
 
     path: str
@@ -44,6 +46,7 @@ class PathRecord:
     expected: list[float] = field(default_factory=list)
     signs: list[float] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
 
     def add(self, case: Case, answers: Sequence[Answer], truth: Truth, loosen: float) -> None:
         """Judge what every rank answered to ``case``."""
@@ -94,16 +97,32 @@ def calibrate_paths(
             for number, case in enumerate(cases):
                 # every path gets the same draws, so the reference answers them once
                 subjects = tuple(SUBJECTS) if number < draws else ("optimized",)
-                showings = world.run(observe_case, case, subjects)
-                rows = [hidden_for(case, rank) for rank in range(ep_size)]
-                truth = RememberingTruth(case.config, weights_for(case), rows)
-                for subject in subjects:
-                    name = subject if subject == "reference" else _path(case)
-                    record = records.setdefault((name, ep_size), PathRecord(name, ep_size))
-                    shown = [showing[subject].answers[-1] for showing in showings]
-                    record.add(case, [answer for answer in shown if answer], truth, loosen)
+                names = {one: one if one == "reference" else _path(case) for one in subjects}
+                of_paths = {
+                    one: records.setdefault((name, ep_size), PathRecord(name, ep_size))
+                    for one, name in names.items()
+                }
+                try:
+                    with judging(case, f"twinmoe replay '{case}'"):
+                        _measure(world.run(observe_case, case, subjects), case, of_paths, loosen)
+                except JudgeDefectError as defect:
+                    of_paths["optimized"].defects.append(str(defect))
                 advance()
     return sorted(records.values(), key=lambda record: record.path != "reference")
+
+
+def _measure(
+    showings: Sequence[dict[str, Showing]],
+    case: Case,
+    records: dict[str, PathRecord],
+    loosen: float,
+) -> None:
+    """Judge what every rank's subjects answered, each into its record."""
+    rows = [hidden_for(case, rank) for rank in range(case.ep_size)]
+    truth = RememberingTruth(case.config, weights_for(case), rows)
+    for subject, record in records.items():
+        shown = [showing[subject].answers[-1] for showing in showings]
+        record.add(case, [answer for answer in shown if answer], truth, loosen)
 
 
 def _path(case: Case) -> str:

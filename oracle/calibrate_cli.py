@@ -22,7 +22,7 @@ from twinmoe.oracle.compare_criteria import (
     compare_criteria,
 )
 from twinmoe.oracle.criteria import CRITERIA, OURS
-from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_EQUIVALENT
+from twinmoe.oracle.exit_codes import verdict_code
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS
 from twinmoe.oracle.subject_cli import subject_option
 from twinmoe.oracle.suggest_cli import ranks_option, suggest, suggest_option
@@ -84,7 +84,7 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
     With --compare-criteria: the share of mistakes that common criteria and ours see.  With
     --cost: what a judgement costs.  With --suggest-contract: where somebody's layer rounds.
     Exit codes: 0 measured, 1 a correct layer was called wrong, or no contract fits
-    somebody's layer, 2 could not run.
+    somebody's layer, 2 could not run, or a case could not be judged.
     """
     diagnosis.require(options["device"])
     _check_modes(comparing, costing, suggesting, options)
@@ -93,8 +93,10 @@ def calibrate(comparing: bool, costing: bool, suggesting: bool, **options: Any) 
         plots.require_matplotlib(options["plot"])
         check_writable(options["plot"], "--plot")
     measure = _compare if comparing else _costs if costing else _calibrate
-    alarms, *reports = (suggest if suggesting else measure)(**options)
-    finish(NOT_EQUIVALENT if alarms else EQUIVALENT, *reports)
+    if suggesting:
+        finish(verdict_code(wrong=suggest(**options)))
+    code, *reports = measure(**options)
+    finish(code, *reports)
 
 
 def _check_modes(comparing: bool, costing: bool, suggesting: bool, options: dict[str, Any]) -> None:
@@ -125,13 +127,13 @@ def _compare(
     plot: Path | None,
     json_file: Path | None,
     **_unused: Any,
-) -> tuple[bool, Report, Report]:
+) -> tuple[int, Report, Report]:
     with progress("comparing criteria", draws * len(SUBJECTS)) as advance:
         table = compare_criteria(draws, size, seed, loosen=loosen, advance=advance)
     console.print(criteria_table(table))
-    alarms = table.flagged[OURS][CORRECT] > 0
+    code = verdict_code(wrong=table.flagged[OURS][CORRECT] > 0)
     plotted = Report("--plot", plot, partial(plots.draw_criteria, table))
-    return alarms, plotted, _json_report(json_file, asdict(table))
+    return code, plotted, _json_report(json_file, asdict(table))
 
 
 def _calibrate(
@@ -144,7 +146,7 @@ def _calibrate(
     plot: Path | None,
     json_file: Path | None,
     **_unused: Any,
-) -> tuple[bool, Report, Report]:
+) -> tuple[int, Report, Report]:
     total = draws * len(EP_SIZES) * len(DEVICE_TRANSPORTS[device]) * len(BACKENDS)
     with progress("running paths", total) as advance:
         records = calibrate_paths(
@@ -158,14 +160,15 @@ def _calibrate(
         )
     console.print(path_table(records))
     alarms = [line for record in records for line in record.alarms]
-    for line in alarms:
+    defects = [told for record in records for told in record.defects]
+    for line in (*alarms, *defects):
         say(line)
     plotted = Report("--plot", plot, partial(plots.draw_paths, records))
     measured = _json_report(json_file, [asdict(record) for record in records])
-    return bool(alarms), plotted, measured
+    return verdict_code(wrong=bool(alarms), not_judged=bool(defects)), plotted, measured
 
 
-def _costs(seed: int, json_file: Path | None, **_unused: Any) -> tuple[bool, Report]:
+def _costs(seed: int, json_file: Path | None, **_unused: Any) -> tuple[int, Report]:
     with progress("judging", len(cost.SIZES)) as advance:
         costs = list(cost.measure_costs(seed, advance))
     console.print(cost_table(costs))
@@ -178,8 +181,8 @@ def _costs(seed: int, json_file: Path | None, **_unused: Any) -> tuple[bool, Rep
         }
         for one in costs
     ]
-    wrong = any(not one.verdict.equivalent for one in costs)
-    return wrong, _json_report(json_file, measured)
+    code = verdict_code(wrong=any(not one.verdict.equivalent for one in costs))
+    return code, _json_report(json_file, measured)
 
 
 def _json_report(path: Path | None, content: Any) -> Report:
@@ -213,6 +216,9 @@ def path_table(records: Sequence[PathRecord]) -> Table:
     for name in ("EP", "cases", "worst ratio", "median", "flips", "expected at most", "sign score"):
         shown.add_column(name, justify="right")
     for record in records:
+        if not record.ratios:
+            shown.add_row(record.path, str(record.ep_size), "0", *["-"] * 5)
+            continue
         worst = max(record.ratios)
         shown.add_row(
             record.path,

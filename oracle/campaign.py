@@ -7,7 +7,8 @@ reach is counted, and not run: planted or not, it would be the same forward.
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +16,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from twinmoe.oracle.case import MODES, Case
+from twinmoe.oracle.defects import JudgeDefectError, judging
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import Fault
 from twinmoe.oracle.plan import plan_cells
+from twinmoe.oracle.showing import Showing
 from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, DTYPES, EP_SIZES, Cell, cases
 from twinmoe.oracle.trial import Trial
 
@@ -42,7 +45,7 @@ class Hunt:
     ``seen_by`` names what saw it: "truth", a relation, or a worker's failure; empty for a
     survivor, whose ``cases`` are the whole budget.  ``plain`` says whether ``assert_close``
     against the readable twin would have seen it on the first plain case that it reaches;
-    None where the stream has no such case.
+    None where the stream has no such case.  ``defects`` tell which cases could not be judged.
     """
 
     fault: Fault
@@ -54,6 +57,7 @@ class Hunt:
     plain: bool | None
     case: Case | None = None
     account: str = ""
+    defects: tuple[str, ...] = ()
 
     @property
     def caught(self) -> bool:
@@ -111,21 +115,36 @@ def hunt(
 ) -> Hunt:
     """Run the cases that ``fault`` reaches until one is not equivalent.
 
-    ``progress`` hears of every case that runs.
+    ``progress`` hears of every case that runs.  A case that cannot be judged shows nothing.
     """
     start, ran = time.perf_counter(), 0
-    plain = _seen_by_assert_close(fault, stream, trial) if compare_plain else None
+    plain, defects = None, list[str]()
+    if compare_plain:
+        with _noted(defects):
+            plain = _seen_by_assert_close(fault, stream, trial)
     for number, case in enumerate(stream, start=1):
         if not fault.reaches(case):
             continue
         ran += 1
         progress(fault, number)
-        planted = replace(case, fault=fault.name)
-        seen = _seen(planted, trial)
+        planted, seen = replace(case, fault=fault.name), None
+        with _noted(defects):
+            seen = _seen(planted, trial)
         if seen is not None:
-            seconds = time.perf_counter() - start
-            return Hunt(fault, seen[0], seen[1], number, ran, seconds, plain, planted, seen[2])
-    return Hunt(fault, "", "", len(stream), ran, time.perf_counter() - start, plain)
+            seconds, told = time.perf_counter() - start, tuple(defects)
+            by, stage, account = seen
+            return Hunt(fault, by, stage, number, ran, seconds, plain, planted, account, told)
+    seconds, told = time.perf_counter() - start, tuple(defects)
+    return Hunt(fault, "", "", len(stream), ran, seconds, plain, defects=told)
+
+
+@contextmanager
+def _noted(defects: list[str]) -> Iterator[None]:
+    """Go on after a case that could not be judged."""
+    try:
+        yield
+    except JudgeDefectError as defect:
+        defects.append(str(defect))
 
 
 def _seen(case: Case, trial: Trial) -> tuple[str, str, str] | None:
@@ -157,16 +176,24 @@ def _seen_by_assert_close(fault: Fault, stream: Sequence[Case], trial: Trial) ->
     case = next((case for case in plain if fault.reaches(case)), None)
     if case is None:
         return None
+    planted = replace(case, fault=fault.name)
     try:
-        showings = trial.observe(replace(case, fault=fault.name), ("optimized", "reference"))
-        for showing in showings:
-            outputs = [
-                answer.observation.output_TH
-                for one in showing.values()
-                for answer in one.answers
-                if answer is not None
-            ]
-            torch.testing.assert_close(*outputs, atol=_ATOL, rtol=_RTOL)
-    except (WorkerFailure, AssertionError):
+        showings = trial.observe(planted, ("optimized", "reference"))
+    except WorkerFailure:
+        return True
+    with judging(planted):
+        return any(_far_apart(showing) for showing in showings)
+
+
+def _far_apart(showing: dict[str, Showing]) -> bool:
+    outputs = [
+        answer.observation.output_TH
+        for one in showing.values()
+        for answer in one.answers
+        if answer is not None
+    ]
+    try:
+        torch.testing.assert_close(*outputs, atol=_ATOL, rtol=_RTOL)
+    except AssertionError:
         return True
     return False

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.case_figures import CaseFigures
+from twinmoe.oracle.defects import JudgeDefectError
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.recurrence import Recurrence
 from twinmoe.oracle.strategies import Cell
@@ -18,7 +19,8 @@ class CellResult:
 
     ``planted`` counts the cases in which the plan's fault was met, ``answered`` those in which
     no worker failed, ``undecided`` those of anyone's layer that near ties leave open, because it
-    shows no expert ids.  ``left_out`` counts histories that asked what a layer does not offer.
+    shows no expert ids.  ``left_out`` counts histories that asked what a layer does not offer,
+    ``defects`` are the cases that could not be judged.
     """
 
     cell: Cell
@@ -42,15 +44,21 @@ class CellResult:
     first_failure: Outcome | None = None
     worker_failure: tuple[Case, WorkerFailure] | None = None
     recurrence: Recurrence = field(default_factory=Recurrence)
+    defects: list[JudgeDefectError] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """No case failed, in numbers or in processes, and some were decided."""
+        """No case failed or went without a verdict, and some were decided."""
+        return not self.wrong and not self.defects
+
+    @property
+    def wrong(self) -> bool:
+        """A case failed, in numbers or in processes, or near ties left all of them open."""
         decided = self.cases == 0 or self.undecided < self.cases
-        return self.failure is None and self.worker_failure is None and decided
+        return self.failure is not None or self.worker_failure is not None or not decided
 
     def add(self, case: Case, figures: CaseFigures | None) -> None:
-        """Count one case; it has no figures if a worker failed."""
+        """Count one case; it has no figures if a worker failed, or the judge itself."""
         self.cases += 1
         self.planted += bool(case.fault) and (figures is None or figures.fault_met)
         self.configs.add(case.config)

@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.case_figures import CaseFigures
 from twinmoe.oracle.cell_result import CellResult
+from twinmoe.oracle.defects import JudgeDefectError
 from twinmoe.oracle.failures import SetUpError, WorkerFailure, account
 from twinmoe.oracle.faults import patch_named
 from twinmoe.oracle.journal import Entry, Journal
@@ -76,8 +76,12 @@ class _Search:
 
     def _diagnose(self) -> None:
         if self.result.failure is not None and self.plan.subject is not None:
-            with suppress(WorkerFailure):  # what it found stands without a diagnosis
+            try:  # what it found stands without a diagnosis
                 self.trial.diagnose(self.result.failure)
+            except WorkerFailure:
+                pass
+            except JudgeDefectError as defect:
+                self.result.defects.append(defect)
 
     def _drawn(self) -> None:
         phases = [Phase.generate, Phase.shrink] if self.shrink else [Phase.generate]
@@ -138,8 +142,9 @@ class _Search:
         return shrunk or self.result.worker_failure is not None or self._lost
 
     def _observe(self, case: Case, before: Entry | None) -> Outcome | None:
-        """Run the case; None if a worker failed, after which the cell is given up.
+        """Run the case; None if there is no verdict.
 
+        After a worker's failure the cell is given up; after one of the judge itself it goes on.
         ``before`` is what an earlier run saw of it: a failure stays one that does not come again.
         """
         searching = self.result.failure is None
@@ -153,11 +158,21 @@ class _Search:
                 self.result.worker_failure = failure.case or case, failure
             self._lost = failure.outside is not None
             failed = "" if self._lost else account(failure)
+        except JudgeDefectError as defect:
+            self._note(case, defect)
+            return None
         if outcome is not None and outcome.equivalent and before is not None and before.failure:
             list(outcome.verdicts.values())[-1].findings.append(_seen_before(before))
         if searching:
             self._keep(case, outcome, failed)
         return outcome
+
+    def _note(self, case: Case, defect: JudgeDefectError) -> None:
+        """Count a case without a verdict; it is not journalled, so that a later run asks again."""
+        self.result.defects.append(defect)
+        if self.result.failure is None:
+            self.result.add(case, None)
+            self.progress(self.result, case)
 
     def _keep(self, case: Case, outcome: Outcome | None, failed: str) -> None:
         """Write the case into the journal, and count it."""
@@ -203,6 +218,16 @@ class Summary:
         return all(result.passed for result in self.results)
 
     @property
+    def wrong(self) -> bool:
+        """Some cell is not equivalent, whatever else could not be judged."""
+        return any(result.wrong for result in self.results)
+
+    @property
+    def defects(self) -> list[str]:
+        """An account of each case that could not be judged: no verdict, and no doubt of a layer."""
+        return [str(defect) for result in self.results for defect in result.defects]
+
+    @property
     def cases(self) -> int:
         """Cases judged."""
         return sum(result.cases for result in self.results)
@@ -245,7 +270,7 @@ def check(
     tracing, journal = Tracing(trial.fails_again), journal or Journal()
     try:
         for cell in plan.cells:
-            shrink = all(result.passed for result in results)
+            shrink = not any(result.wrong for result in results)
             search = _Search(plan, cell, trial, progress, shrink, tracing, journal)
             results.append(search.result)
             search.run()

@@ -3,7 +3,8 @@
 Exit codes: 0 equivalent, 1 not equivalent, 2 could not run, 3 ended from outside, 4 equivalent but
 for a report or output that could not be written, 130 interrupted.  A layer that raises, hangs or
 dies is not equivalent; what fails before a layer is asked anything could not run; where the system
-or somebody ended or stopped a rank, there is no verdict.
+or somebody ended or stopped a rank, there is no verdict.  A case that twinmoe itself fails to judge
+costs no other its verdict: exit 2, unless something is wrong.
 """
 
 import sys
@@ -23,7 +24,7 @@ from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import report, torchrun
 from twinmoe.oracle.bench_cli import bench
 from twinmoe.oracle.calibrate_cli import calibrate
-from twinmoe.oracle.case import MODES, Case, CaseError
+from twinmoe.oracle.case import MODES, CaseError
 from twinmoe.oracle.check import Summary, check
 from twinmoe.oracle.contracts_cli import contracts
 from twinmoe.oracle.exit_codes import (
@@ -32,6 +33,7 @@ from twinmoe.oracle.exit_codes import (
     EQUIVALENT,
     INTERRUPTED,
     NOT_EQUIVALENT,
+    verdict_code,
 )
 from twinmoe.oracle.failures import SetUpError, WorkerFailure, account
 from twinmoe.oracle.faults_cli import faults
@@ -41,16 +43,16 @@ from twinmoe.oracle.journal import Journal
 from twinmoe.oracle.killswitch_cli import killswitch
 from twinmoe.oracle.plan import Plan, plan_cells
 from twinmoe.oracle.plots import PlotError
-from twinmoe.oracle.strategies import DEVICE_TRANSPORTS, EP_SIZES, Cell
-from twinmoe.oracle.subject import SUBJECTS
+from twinmoe.oracle.replay_cli import replay
+from twinmoe.oracle.strategies import EP_SIZES, Cell, transports_on
 from twinmoe.oracle.subject_cli import (
     MORE_CASES,
     asked_of_subject,
     not_judged,
     plain_name,
     subject_option,
+    subjects_of,
 )
-from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.terminal import (
     Report,
     check_writable,
@@ -60,8 +62,6 @@ from twinmoe.oracle.terminal import (
     json_option,
     progress,
     ranks_of,
-    say,
-    say_what_was_ended,
     timeout_option,
 )
 from twinmoe.oracle.trial import Trial
@@ -201,8 +201,11 @@ def check_command(**options: Any) -> None:
     report.show(summary, console, verified)
     if summary.interrupted:
         click.echo("twinmoe: interrupted; no verdict", err=True)
+    code = verdict_code(
+        wrong=summary.wrong, not_judged=bool(summary.defects), cut_off=bool(summary.cut_off)
+    )
     finish(
-        INTERRUPTED if summary.interrupted else _exit_code(summary.equivalent, summary.cut_off),
+        INTERRUPTED if summary.interrupted else code,
         Report("--json", options["json_file"], partial(report.write_json, summary)),
         incomplete=journal.error and f"--journal ({journal.path}) is incomplete: {journal.error}",
     )
@@ -211,7 +214,7 @@ def check_command(**options: Any) -> None:
 def _run_check(**options: Any) -> tuple[Summary, Journal]:
     device = options["device"]
     diagnosis.require(device)
-    transports = _transports(options["transport"], device)
+    transports = transports_on(device, options["transport"])
     dtypes = [DTYPES[name] for name in options["dtype"]]
     subject = plain_name(options["subject"])
     cases = options["cases"] or PROFILES[options["profile"]] * (MORE_CASES if subject else 1)
@@ -238,20 +241,6 @@ def _run_check(**options: Any) -> tuple[Summary, Journal]:
     return summary, journal
 
 
-def _transports(text: str | None, device: str) -> list[str]:
-    available = DEVICE_TRANSPORTS[device]
-    if text is None:
-        return list(available)
-    transports = [part.strip() for part in text.split(",")]
-    for transport in transports:
-        if transport not in available:
-            raise ConfigError(
-                f"transport ({transport!r}) does not run on {device}: choose from "
-                f"{', '.join(available)}"
-            )
-    return transports
-
-
 def _model(name: str | None, scale: int | None) -> MoEConfig | None:
     if name is not None:
         return scaled(published(name), scale or 1)
@@ -266,68 +255,13 @@ def _model(name: str | None, scale: int | None) -> MoEConfig | None:
 def _with_progress(plan: Plan, device: str, timeout_s: float, journal: Journal) -> Summary:
     with (
         progress("starting workers", plan.total, columns=32) as advance,
-        Trial(device, timeout_s, _names(plan.subject)) as trial,
+        Trial(device, timeout_s, subjects_of(plan.subject)) as trial,
     ):
         return check(plan, trial, lambda result, _case: advance(_short(result.cell)), journal)
 
 
-def _names(subject: PlainName | None) -> tuple[str, ...]:
-    return tuple(SUBJECTS) if subject is None else (subject.text,)
-
-
 def _short(cell: Cell) -> str:
     return f"EP {cell.ep_size} {cell.transport} {cell.mode} {dtype_name(cell.dtype)}"
-
-
-@main.command()
-@click.argument("cases", metavar="CASE...", nargs=-1, required=True)
-@device_option
-@timeout_option(15.0)
-@subject_option
-def replay(cases: tuple[str, ...], device: str, timeout: float, subject: str | None) -> None:
-    """Run CASE lines again, in this order by the same workers, and print their verdicts.
-
-    Exit codes are those of check.
-    """
-    parsed = [Case.parse(case) for case in cases]
-    for case in parsed:
-        diagnosis.require_case(case, device)
-        _transports(case.transport, device)
-    with Trial(device, timeout, _names(plain_name(subject))) as trial:
-        replayed = [_replayed(trial, case, subject) for case in parsed]
-        for size in {case.ep_size for case in parsed}:
-            trial.require_alive(size)
-    say_what_was_ended(trial.cut_off)
-    finish(_exit_code(all(replayed), trial.cut_off))
-
-
-def _replayed(trial: Trial, case: Case, subject: str | None) -> bool:
-    """Run and show one case; whether it is equivalent, as far as anything is known."""
-    try:
-        outcome = trial.run(case)
-        if subject is not None:
-            trial.diagnose(outcome)
-    except WorkerFailure as failure:
-        trial.require_subjects_own(case, failure)
-        say(f"{type(failure).__name__}: {failure}" if subject is None else account(failure))
-        return failure.outside is not None
-    if not outcome.fault_met:
-        _end(
-            f"fault ({case.fault!r}) was met by no rank: the verdicts say nothing of it",
-            COULD_NOT_RUN,
-        )
-    for name, verdict in outcome.verdicts.items():
-        console.print(f"{name} ({outcome.paths[name]})", style="bold", soft_wrap=True)
-        say(f"  {verdict}")
-    for mistake in outcome.diagnosis:
-        say(f"this is what one gets if {mistake}")
-    return outcome.equivalent
-
-
-def _exit_code(equivalent: bool, ended_from_outside: Sequence[object]) -> int:
-    if not equivalent:
-        return NOT_EQUIVALENT
-    return ENDED_FROM_OUTSIDE if ended_from_outside else EQUIVALENT
 
 
 @main.command()
@@ -343,6 +277,7 @@ main.add_command(contracts)
 main.add_command(faults)
 main.add_command(golden)
 main.add_command(killswitch)
+main.add_command(replay)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle import faults_report
 from twinmoe.oracle.campaign import Hunt, case_stream, hunt
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_EQUIVALENT
+from twinmoe.oracle.exit_codes import verdict_code
 from twinmoe.oracle.faults import FAULTS, VARIANTS, Fault
 from twinmoe.oracle.ledger import Ledger
 from twinmoe.oracle.strategies import EP_SIZES
@@ -67,7 +67,8 @@ def faults(
     """Plant each fault of the registry, search until it is seen, and show what saw it.
 
     Exit 1 if a fault survives that the ledger does not know, or is seen although it does.
-    With --benign, exit 1 if a correct variation is taken for a fault.  On a GPU, faults that no
+    With --benign, exit 1 if a correct variation is taken for a fault.  Exit 2 if the judge itself
+    fails on a case, and nothing else is wrong.  On a GPU, faults that no
     case there can reach are listed; on a CPU there are none such.
     """
     diagnosis.require(device)
@@ -94,7 +95,7 @@ def faults(
             say(f"out of reach on {device}: {names}")
         passed = bool(reached) and not faults_report.unexpected(reached, known)
     finish(
-        EQUIVALENT if passed else NOT_EQUIVALENT,
+        verdict_code(wrong=not passed, not_judged=any(hunt.defects for hunt in hunts)),
         Report("--json", json_file, partial(faults_report.write_json, hunts, seconds)),
     )
 

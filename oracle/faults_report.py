@@ -21,6 +21,15 @@ def show(hunts: Sequence[Hunt], seconds: float, ledger: Ledger, console: Console
         console.print(line, highlight=False, soft_wrap=True)
     for line in unexpected(hunts, ledger):
         console.print(f"NOT as expected: {line}", highlight=False, soft_wrap=True)
+    _show_defects(hunts, console)
+
+
+def _show_defects(hunts: Sequence[Hunt], console: Console) -> None:
+    """Tell the first case of each hunt that could not be judged; the JSON has them all."""
+    for hunt in hunts:
+        if hunt.defects:
+            told = f"\n{hunt.fault}: {len(hunt.defects)} not judged: {hunt.defects[0]}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(hunts: Sequence[Hunt], ledger: Ledger) -> Table:
@@ -32,6 +41,8 @@ def _table(hunts: Sequence[Hunt], ledger: Ledger) -> Table:
     for hunt in hunts:
         known = ledger.known(hunt.fault.name, hunt.fault.id)
         unseen = f"survived ({known.issue})" if known else "[red]survived[/red]"
+        if hunt.defects:
+            unseen = f"[red]{len(hunt.defects)} not judged[/red]"
         table.add_row(
             str(hunt.fault) + ("" if hunt.fault.changes_output else " (state)"),
             hunt.seen_by or unseen,
@@ -48,7 +59,7 @@ def unexpected(hunts: Sequence[Hunt], ledger: Ledger) -> list[str]:
     told = []
     for hunt in hunts:
         known = ledger.known(hunt.fault.name, hunt.fault.id)
-        if not hunt.caught and known is None:
+        if not hunt.caught and known is None and not hunt.defects:
             told.append(
                 f"{hunt.fault} survived {hunt.cases} cases, {hunt.ran} of which could show it"
             )
@@ -107,6 +118,7 @@ def show_benign(hunts: Sequence[Hunt], seconds: float, console: Console) -> None
         f"{sum(hunt.ran for hunt in hunts)} cases, {seconds:.0f} s",
         highlight=False,
     )
+    _show_defects(hunts, console)
 
 
 def as_json(hunts: Sequence[Hunt], seconds: float) -> dict[str, Any]:
@@ -128,6 +140,7 @@ def as_json(hunts: Sequence[Hunt], seconds: float) -> dict[str, Any]:
                 "assert_close": hunt.plain,
                 "case": str(hunt.case) if hunt.case else "",
                 "account": hunt.account,
+                "not_judged": list(hunt.defects),
             }
             for hunt in hunts
         ],

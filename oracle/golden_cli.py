@@ -12,10 +12,9 @@ import click
 
 from twinmoe.oracle import doctor as diagnosis
 from twinmoe.oracle.case import TRANSPORTS, Case
-from twinmoe.oracle.exit_codes import COULD_NOT_RUN, ENDED_FROM_OUTSIDE, EQUIVALENT, NOT_EQUIVALENT
+from twinmoe.oracle.exit_codes import NOT_EQUIVALENT, verdict_code
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.golden import (
-    Comparison,
     GoldenError,
     Target,
     compare,
@@ -197,14 +196,14 @@ def compare_command(
         raise ConfigError(str(error)) from None
     say_what_was_ended(trial.cut_off)
     report.show(comparison, console)
+    code = verdict_code(
+        wrong=bool(comparison.failed),
+        # nothing was shown, or the judge broke at a case
+        not_judged=not comparison.equivalent,
+        cut_off=bool(trial.cut_off),
+    )
     finish(
-        _exit_code(comparison, trial.cut_off),
+        code,
         Report("--json", json_file, partial(export.write_json, comparison)),
         Report("--junit", junit_file, partial(export.write_junit, comparison)),
     )
-
-
-def _exit_code(comparison: Comparison, ended_from_outside: Sequence[object]) -> int:
-    if comparison.equivalent:
-        return ENDED_FROM_OUTSIDE if ended_from_outside else EQUIVALENT
-    return NOT_EQUIVALENT if comparison.decided else COULD_NOT_RUN

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from twinmoe.oracle.bits import same_bits
+from twinmoe.oracle.defects import JudgeDefectError, judging
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.killswitch_checks import Check, Place, checks, plain_case
@@ -35,7 +36,8 @@ class Result:
 
     ``ran``: what each forward launched, on all ranks alike; ``same_bits``: whether the first
     question, asked again on the same transport, got the same bits (None: not asked); ``wrong``
-    is empty for a check that holds, and ``ranks`` names who is to blame.
+    is empty for a check that holds, and ``ranks`` names who is to blame.  ``defect`` says why a
+    check could not be judged.
     """
 
     check: str
@@ -44,11 +46,12 @@ class Result:
     same_bits: bool | None = None
     wrong: str = ""
     ranks: tuple[int, ...] = ()
+    defect: str = ""
 
     @property
     def holds(self) -> bool:
-        """Nothing is wrong."""
-        return not self.wrong
+        """It was judged, and nothing is wrong."""
+        return not self.wrong and not self.defect
 
 
 def validate(
@@ -70,16 +73,17 @@ def validate(
     multicast = place.device == "cuda" and world.run(best_transport)[0] == "nvls"
     for check in checks(place, multicast) if only is None else only:
         try:
-            played = world.run(play, check.case, check.setup, fault)
+            with judging(check.name):
+                played = world.run(play, check.case, check.setup, fault)
+                results.append(_result(check, played, place))
+                if check.case.mode == "eager" and check.case.config == plain_case(place).config:
+                    gathered |= dict(_by_label(played))
         except WorkerFailure as failure:
             results.append(_failed(check, failure))
-        else:
-            results.append(_result(check, played, place))
-            if check.case.mode == "eager" and check.case.config == plain_case(place).config:
-                gathered |= dict(_by_label(played))
+        except JudgeDefectError as defect:
+            results.append(Result(check.name, defect=str(defect)))
         progress(results[-1])
-    results += _same_gathers(gathered)
-    return results
+    return results + _same_gathers(gathered)
 
 
 def _require_fault(fault: str, place: Place) -> None:

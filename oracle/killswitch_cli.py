@@ -6,7 +6,7 @@ import click
 from rich.table import Table
 
 from twinmoe.oracle import doctor as diagnosis
-from twinmoe.oracle.exit_codes import EQUIVALENT, NOT_EQUIVALENT
+from twinmoe.oracle.exit_codes import verdict_code
 from twinmoe.oracle.failures import name_ranks
 from twinmoe.oracle.killswitch import Result, validate
 from twinmoe.oracle.killswitch_checks import Place
@@ -41,10 +41,11 @@ def killswitch(ep: int, device: str, fault: str, timeout: float) -> None:
     for result in results:
         if not result.holds:
             blamed = f"{name_ranks(result.ranks)}: " if result.ranks else ""
-            told = f"\n{result.check}: {blamed}{result.wrong}"
+            told = f"\n{result.check}: {blamed}{result.wrong or result.defect}"
             say(told)
     say(verdict(results, place))
-    finish(EQUIVALENT if all(result.holds for result in results) else NOT_EQUIVALENT)
+    wrong, defects = ([getattr(one, what) for one in results] for what in ("wrong", "defect"))
+    finish(verdict_code(wrong=any(wrong), not_judged=any(defects)))
 
 
 def table(results: Sequence[Result]) -> Table:

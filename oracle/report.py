@@ -154,6 +154,8 @@ def show(summary: Summary, console: Console, verified: str) -> None:
     console.print(f"\n{throughput(summary)}", highlight=False)
     for case, what in summary.cut_off[:5]:
         console.print(f"\nended from outside in '{case}': {what}", markup=False, soft_wrap=True)
+    for defect in summary.defects[:5]:
+        console.print(f"\n{defect}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{_verdict(summary)}: {summary.cases} cases in {len(summary.results)} cells, "
         f"{summary.seconds:.0f} s, seed {summary.plan.seed}",
@@ -166,10 +168,12 @@ def show(summary: Summary, console: Console, verified: str) -> None:
 
 
 def _verdict(summary: Summary) -> str:
-    if not summary.equivalent:
+    if summary.wrong:
         return "NOT equivalent"
     if summary.interrupted:
         return f"no verdict (interrupted before {summary.plan.total} cases, nothing wrong so far)"
+    if summary.defects:
+        return f"no verdict ({len(summary.defects)} not judged: a defect of twinmoe)"
     if summary.cut_off:
         return f"no verdict ({len(summary.cut_off)} ended from outside, nothing else wrong)"
     return "equivalent"
@@ -186,6 +190,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "fault": summary.plan.fault or None,
         "cells": [_cell_json(result.cell, result) for result in summary.results],
         "failures": failures(summary),
+        "not_judged": summary.defects,
         "ended_from_outside": [f"'{case}': {what}" for case, what in summary.cut_off],
         "stood_still": standing_still(summary.configs),
         "left_out": dict(summary.left_out),

@@ -17,7 +17,7 @@ from twinmoe.oracle.counts import crowded, sized
 from twinmoe.oracle.magnitudes import MAGNITUDES
 from twinmoe.oracle.published_routings import ROUTINGS_OF_MODELS
 from twinmoe.oracle.stories import told
-from twinmoe.reference.config import MoEConfig, dtype_name
+from twinmoe.reference.config import ConfigError, MoEConfig, dtype_name
 
 #: Hidden and intermediate sizes: tile multiples, their neighbours, and odd ones.
 HIDDEN_SIZES = (96, 64, 16, 24, 33, 100, 130, 192, 384)
@@ -32,6 +32,25 @@ DEVICE_TRANSPORTS = {
     "cpu": ("alltoall", "nvls", "p2p", "gloo"),
     "cuda": ("alltoall", "p2p", "nccl"),
 }
+
+
+def transports_on(device: str, text: str | None = None) -> list[str]:
+    """Those that ``text`` names, in a comma-separated list; None are all that ``device`` has.
+
+    Raises ConfigError for one that does not run there.
+    """
+    available = DEVICE_TRANSPORTS[device]
+    if text is None:
+        return list(available)
+    transports = [part.strip() for part in text.split(",")]
+    for transport in transports:
+        if transport not in available:
+            raise ConfigError(
+                f"transport ({transport!r}) does not run on {device}: choose from "
+                f"{', '.join(available)}"
+            )
+    return transports
+
 
 #: Kinds of routing, as often as they are drawn.
 _ROUTINGS = (

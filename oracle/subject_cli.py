@@ -8,6 +8,7 @@ from click.core import ParameterSource
 from twinmoe.oracle.check import Summary
 from twinmoe.oracle.layer_space import SEMANTICS, standing_still
 from twinmoe.oracle.offers import left_out
+from twinmoe.oracle.subject import SUBJECTS
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.reference.config import ConfigError
 
@@ -23,6 +24,11 @@ subject_option = click.option(
 def plain_name(text: str | None) -> PlainName | None:
     """The layer that ``--subject`` names; raises ConfigError if it cannot be imported."""
     return None if text is None else PlainName(text)
+
+
+def subjects_of(name: PlainName | None) -> tuple[str, ...]:
+    """Whom a trial judges: anyone's layer, or our twins."""
+    return tuple(SUBJECTS) if name is None else (name.text,)
 
 
 def asked_of_subject(options: dict[str, Any]) -> dict[str, Any]:

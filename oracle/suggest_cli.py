@@ -42,7 +42,7 @@ def suggest(
     device: str,
     timeout: float,
     **_unused: Any,
-) -> tuple[bool]:
+) -> bool:
     """Run the layer, print the contracts nearest to it, best first; whether none fits."""
     if subject is None:
         raise ConfigError(
@@ -56,7 +56,7 @@ def suggest(
         )
     console.print(fit_table(suggestion))
     say(_proposal(suggestion))
-    return (suggestion.best is None,)
+    return suggestion.best is None
 
 
 def _cases(name: PlainName, ep_size: int, draws: int, dtype: str, seed: int) -> list[Case]:

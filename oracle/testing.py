@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, reject, settings
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.corners import CORNERS
+from twinmoe.oracle.defects import JudgeDefectError
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.layer_space import neutral, runs
 from twinmoe.oracle.plain_layer import JudgedLayer, LayerFactory, PlainLayer
@@ -95,7 +96,10 @@ def _diagnosed(trial: Trial) -> Iterator[None]:
     try:
         yield
     except NotEquivalentError as found:
-        trial.diagnose(found.outcome)
+        try:
+            trial.diagnose(found.outcome)
+        except (WorkerFailure, JudgeDefectError) as failure:  # what was found stands
+            found.add_note(f"no diagnosis: {failure}")
         for mistake in found.outcome.diagnosis:
             found.add_note(f"this is what one gets if {mistake}")
         raise

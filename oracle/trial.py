@@ -4,14 +4,15 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from twinmoe.oracle import breadcrumbs, faults
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.defects import JudgeDefectError, judging
 from twinmoe.oracle.diagnose import diagnosis_of, telling
 from twinmoe.oracle.failures import SetUpError, WorkerFailure, WorkerLost
 from twinmoe.oracle.recurrence import Recurrence
@@ -98,10 +99,14 @@ class Outcome:
             if not verdict.equivalent
         ]
         told += [f"  this is what one gets if {mistake}" for mistake in self.diagnosis]
-        plain = [name for name in self.verdicts if name not in SUBJECTS]
-        asked = "".join(f" --subject {name}" for name in plain)
         told += [f"  {self.recurrence.note}"] if self.recurrence.note else []
-        return "\n".join([*told, f"  reproduce: {self.recurrence.line(asked, self.case)}"])
+        again = self.recurrence.line(_asked(self.verdicts), self.case)
+        return "\n".join([*told, f"  reproduce: {again}"])
+
+
+def _asked(subjects: Iterable[str]) -> str:
+    """Options that ask for anyone's layers among the subjects, a blank before each."""
+    return "".join(f" --subject {name}" for name in subjects if name not in SUBJECTS)
 
 
 #: What may be wrong, if nothing is once no rank goes ahead.
@@ -129,24 +134,33 @@ class Trial:
     def run(self, case: Case) -> Outcome:
         """Observe and judge ``case``.
 
-        Raises WorkerFailure when a rank fails or hangs, and ConfigError for a relation that
-        does not apply.
+        Raises WorkerFailure when a rank fails or hangs, ConfigError for a relation that does not
+        apply, and JudgeDefectError where the judge itself does not get through.
         """
         require_relation(case)
         outcome = Outcome(case, before=tuple(self._played.get(case.ep_size, ())))
         start = time.perf_counter()
         showings = self.observe(case, self._subjects)
         observed = time.perf_counter()
+        outcome.run_seconds = observed - start
+        with self._judging(case):
+            self._judge(outcome, showings)
+            outcome.judge_seconds = time.perf_counter() - observed
+            self._look_closer(outcome)
+        return outcome
+
+    def _judge(self, outcome: Outcome, showings: Sequence[dict[str, Showing]]) -> None:
+        case = outcome.case
         for name in self._subjects:
             verdict = judge_showings(case, [showing[name] for showing in showings])
             outcome.verdicts[name], outcome.paths[name] = verdict, verdict.path
             outcome.left_out = outcome.left_out.union(*(one[name].left_out for one in showings))
         met = sum(one.met for showing in showings for one in showing.values())
         outcome.fault_met = not case.fault or met > 0
-        outcome.run_seconds = observed - start
-        outcome.judge_seconds = time.perf_counter() - observed
-        self._look_closer(outcome)
-        return outcome
+
+    def _judging(self, case: Case) -> AbstractContextManager[None]:
+        """Whatever goes wrong here unexpectedly is a defect in judging ``case``."""
+        return judging(case, Recurrence().line(_asked(self._subjects), case))
 
     def fails_again(self, cases: Sequence[Case]) -> bool:
         """Play ``cases``, of equally many ranks, in a fresh world; whether the last one fails.
@@ -159,12 +173,14 @@ class Trial:
         try:
             for case in earlier:
                 self.observe(case, self._subjects)
-        except WorkerFailure:
+        except (WorkerFailure, JudgeDefectError):
             return False
         try:
             return bool(self.run(last).findings)
         except WorkerFailure:
             return True
+        except JudgeDefectError:  # whether it fails is then not known
+            return False
 
     def require_alive(self, ep_size: int) -> None:
         """Raise WorkerLost, with the case at fault, if a worker ended since its last answer.
@@ -192,6 +208,9 @@ class Trial:
             # The last case is the one that was asked, or after which a worker was lost.
             failure.case, failure.before = last, tuple(before)
             raise
+        except JudgeDefectError:  # an answer that cannot be read has ended the workers
+            self._played.pop(ep_size)
+            raise
 
     def require_subjects_own(self, case: Case, failure: WorkerFailure) -> None:
         """Raise SetUpError where anyone's layer has no part in ``failure``.
@@ -211,13 +230,14 @@ class Trial:
         wrong = [name for name, verdict in outcome.verdicts.items() if not verdict.equivalent]
         if not wrong:
             return
-        shown = [self.observe(outcome.case, wrong)]
-        with suppress(WorkerFailure):  # a layer may be unable to run another case
-            shown.append(self.observe(telling(outcome.case), wrong))
-        for name in wrong:
-            outcome.diagnosis += diagnosis_of(
-                *([showing[name] for showing in showings] for showings in shown)
-            )
+        with self._judging(outcome.case):
+            shown = [self.observe(outcome.case, wrong)]
+            with suppress(WorkerFailure):  # a layer may be unable to run another case
+                shown.append(self.observe(telling(outcome.case), wrong))
+            for name in wrong:
+                outcome.diagnosis += diagnosis_of(
+                    *([showing[name] for showing in showings] for showings in shown)
+                )
 
     def _look_closer(self, outcome: Outcome) -> None:
         """Name the stage of what only outputs have shown, by one more run with all ranks in step.
@@ -288,7 +308,7 @@ class Trial:
         played = self._played.setdefault(size, [])
         if case not in played[-1:]:
             played.append(case)
-        with self._remembered(size):
+        with self._remembered(size), self._judging(case):
             return world.run(observe_case, case, subjects, change, in_step)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from twinmoe.oracle.bits import as_bits
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.contract import default_rows
+from twinmoe.oracle.defects import JudgeDefectError, judging
 from twinmoe.oracle.diagnose import diagnosis_of
 from twinmoe.oracle.envelope import Enclosure
 from twinmoe.oracle.failures import WorkerFailure
@@ -35,7 +36,8 @@ _EXPLAINED = 3
 class Compared:
     """One case compared.
 
-    ``verdict`` is None where a worker failed, as ``failure`` says then.  ``changed`` counts
+    ``verdict`` is None where a worker failed, as ``failure`` says then, and where the judge
+    itself did, as ``defect`` says.  ``changed`` counts
     elements whose bits changed against the recording of the same path, of how many, by tensor;
     None where another path ran.  ``mistakes`` name what would explain anyone's layer that is
     wrong.
@@ -46,11 +48,17 @@ class Compared:
     changed: dict[str, tuple[int, int]] | None = None
     mistakes: tuple[str, ...] = ()
     failure: str = ""
+    defect: str = ""
 
     @property
     def equivalent(self) -> bool:
         """The case ran, and every element lies in its interval."""
         return self.verdict is not None and self.verdict.equivalent
+
+    @property
+    def judged(self) -> bool:
+        """The judge got through it, whatever became of the layer."""
+        return self.verdict is not None or not self.defect
 
     @property
     def undecided(self) -> bool:
@@ -73,8 +81,11 @@ class Compared:
         """What is wrong, and the line to ask again; empty for an equivalent case."""
         if self.equivalent:
             return ""
+        if not self.judged:
+            return self.defect
         told = [self.failure if self.verdict is None else str(self.verdict)]
         told += [f"  this is what one gets if {mistake}" for mistake in self.mistakes]
+        told += [f"  no diagnosis: {self.defect}"] if self.defect else []
         again = self.question.replay
         line = f"  recorded case: '{self.question.recorded.case}'"
         return "\n".join([*told, f"  reproduce: {again}" if again else line])
@@ -93,17 +104,23 @@ class Comparison:
     @property
     def failed(self) -> list[Compared]:
         """The cases that are wrong, or that no worker answered."""
-        return [one for one in self.cases if not one.equivalent and not one.undecided]
+        left = (one for one in self.cases if not one.equivalent and not one.undecided)
+        return [one for one in left if one.judged]
+
+    @property
+    def not_judged(self) -> list[Compared]:
+        """The cases that the judge itself could not get through."""
+        return [one for one in self.cases if not one.judged]
 
     @property
     def decided(self) -> bool:
         """Some case shows something, of which an undecided one shows nothing."""
-        return any(not one.undecided for one in self.cases)
+        return any(one.judged and not one.undecided for one in self.cases)
 
     @property
     def equivalent(self) -> bool:
-        """Every case that could be decided is, and some could."""
-        return self.decided and not self.failed
+        """Every case that could be decided is, some could, and the judge got through all."""
+        return self.decided and not self.failed and not self.not_judged
 
 
 def compare(
@@ -124,7 +141,10 @@ def compare(
     for one in not_run:
         progress(one.recorded)
     for question in asked:
-        comparison.cases.append(_compared(question, trial, comparison))
+        try:
+            comparison.cases.append(_compared(question, trial, comparison))
+        except JudgeDefectError as defect:
+            comparison.cases.append(Compared(question, defect=str(defect)))
         progress(question.recorded)
     return comparison
 
@@ -137,15 +157,22 @@ def _compared(question: Question, trial: Trial, comparison: Comparison) -> Compa
         shown = trial.observe(case, (target.subject,), change, ep_size)
     except WorkerFailure as failure:
         return Compared(question, failure=f"{type(failure).__name__}: {failure}")
-    showings = [showing[target.subject] for showing in shown]
-    rounds = rounds_of(showings)
-    for forward, answers in zip(recorded.forwards, rounds, strict=True):
-        require_norm(recorded.case, forward, answers[0].scenario, device)
-    verdict = judge_showings(case, showings)
     # Where one of our twins is wrong a replay says more; in anyone's layer it may be the adapter.
     explain = not target.is_own and len(comparison.failed) < _EXPLAINED
-    mistakes = tuple(diagnosis_of(showings)) if explain and verdict.findings else ()
-    return Compared(question, verdict, _changed(recorded, rounds), mistakes)
+    with judging(case, question.replay, meant=(GoldenError,)):
+        showings = [showing[target.subject] for showing in shown]
+        rounds = rounds_of(showings)
+        for forward, answers in zip(recorded.forwards, rounds, strict=True):
+            require_norm(recorded.case, forward, answers[0].scenario, device)
+        verdict = judge_showings(case, showings)
+        changed = _changed(recorded, rounds)
+    if not explain or not verdict.findings:
+        return Compared(question, verdict, changed)
+    try:
+        with judging(case):
+            return Compared(question, verdict, changed, tuple(diagnosis_of(showings)))
+    except JudgeDefectError as defect:  # what was found stands
+        return Compared(question, verdict, changed, defect=str(defect))
 
 
 def require_norm(case: Case, forward: Forward, asked: Scenario, device: str) -> None:

@@ -74,13 +74,14 @@ def junit(comparison: Comparison) -> Xml.Element:
     """
     failed = comparison.failed
     broken = [compared for compared in failed if compared.verdict is None]
+    not_judged = comparison.not_judged
     undecided = [compared for compared in comparison.cases if compared.undecided]
     suite = Xml.Element(
         "testsuite",
         name="twinmoe golden",
         tests=str(len(comparison.golden.cases)),
         failures=str(len(failed) - len(broken)),
-        errors=str(len(broken)),
+        errors=str(len(broken) + len(not_judged)),
         skipped=str(len(undecided) + len(comparison.not_run)),
     )
     compared_at = {one.question.number: one for one in comparison.cases}

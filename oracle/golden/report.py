@@ -26,6 +26,9 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if len(failed) > _ACCOUNTS:
         console.print(f"\n... and {len(failed) - _ACCOUNTS} more failed cases", markup=False)
+    for compared in comparison.not_judged[:_ACCOUNTS]:
+        text = f"\ncase {compared.question.number}: {compared.account}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     for line in (*machines(comparison), *left_open(comparison), verdict_line(comparison)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -150,7 +153,10 @@ def left_open(comparison: Comparison) -> list[str]:
 
 def verdict_line(comparison: Comparison) -> str:
     """The verdict, and where it is not equivalent the first stages at fault."""
-    count = sum(not compared.undecided for compared in comparison.cases)
+    not_judged = len(comparison.not_judged)
+    count = sum(not compared.undecided for compared in comparison.cases) - not_judged
+    if not_judged and not comparison.failed:
+        return f"no verdict: {_cases(not_judged)} not judged: a defect of twinmoe"
     if not comparison.decided:
         return "nothing shown: every case is undecided"
     if comparison.equivalent:
@@ -165,6 +171,8 @@ def verdict_line(comparison: Comparison) -> str:
 
 def culprit_stage(compared: Compared) -> str:
     """The stage at fault in a failed case, or what else is wrong."""
+    if not compared.judged:
+        return "not judged"
     if compared.verdict is None:
         return "a worker failed"
     culprit = compared.verdict.culprit

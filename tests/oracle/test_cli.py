@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from twinmoe.oracle import cli, terminal
+from twinmoe.oracle import cli, replay_cli, terminal
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.trial import Trial
 
@@ -29,7 +29,8 @@ def trial() -> Iterator[Trial]:
 @pytest.fixture
 def run(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a command line in this process, with the shared workers."""
-    monkeypatch.setattr(cli, "Trial", lambda *_: nullcontext(trial))
+    for command in (cli, replay_cli):
+        monkeypatch.setattr(command, "Trial", lambda *_: nullcontext(trial))
     return lambda *arguments: CliRunner().invoke(cli.main, arguments)
 
 
@@ -40,7 +41,8 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Run:
     def no_trial(*_: object) -> None:
         pytest.fail("workers were about to be started for bad input")
 
-    monkeypatch.setattr(cli, "Trial", no_trial)
+    for command in (cli, replay_cli):
+        monkeypatch.setattr(command, "Trial", no_trial)
     return lambda *arguments: CliRunner().invoke(cli.main, arguments)
 
 

@@ -1,16 +1,21 @@
 """Comparing with a recording: the same truth on every path, and no norm that is not the same."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.golden import Golden, GoldenError, Recorded, Target, compare, record
+from twinmoe.oracle.golden.export import junit
 from twinmoe.oracle.golden.norm import declared
 from twinmoe.oracle.golden.record import NotEquivalentError
+from twinmoe.oracle.golden.report import verdict_line
 from twinmoe.oracle.golden.target import questions
-from twinmoe.oracle.showing import judge_showings
+from twinmoe.oracle.showing import Showing, judge_showings
 from twinmoe.oracle.trial import Trial
+from twinmoe.oracle.verdict import Verdict
 from twinmoe.reference.config import ConfigError
 
 
@@ -193,3 +198,26 @@ def test_a_point_that_a_file_does_not_name_is_as_where_it_is_left_out(
     del points["gate up"]
     with pytest.raises(GoldenError, match="now declares gate up"):
         compare(altered(golden, points=points), trial)
+
+
+def test_a_case_that_breaks_the_judge_costs_no_other_its_verdict(
+    golden: Golden, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison is not equivalent, and nothing has failed: there is no verdict on one case."""
+
+    def breaks_once(case: Case, showings: Sequence[Showing]) -> Verdict:
+        if case.transport != "alltoall":
+            raise IndexError("index 3 is out of bounds")
+        return judge_showings(case, showings)
+
+    module = import_module("twinmoe.oracle.golden.compare")  # whose name the package gives away
+    monkeypatch.setattr(module, "judge_showings", breaks_once)
+    comparison = compare(golden, trial)
+    broken, judged = comparison.cases
+    assert "IndexError: index 3 is out of bounds" in broken.account
+    assert judged.equivalent
+    assert comparison.not_judged == [broken]
+    assert not comparison.failed
+    assert not comparison.equivalent
+    assert verdict_line(comparison) == "no verdict: 1 case not judged: a defect of twinmoe"
+    assert junit(comparison).get("errors") == "1"
