@@ -36,7 +36,8 @@ def check_kernels(device: torch.device) -> None:
     if not kernels_run_on(device):
         raise ConfigError(
             f"weights on {device} have no kernels in this process: Triton runs either compiled on "
-            "CUDA or interpreted on a CPU, and is " + _REMEDY[device.type]
+            "CUDA or interpreted on a CPU, and is "
+            + _REMEDY.get(device.type, "neither elsewhere; move them to cuda or cpu")
         )
 
 

@@ -193,7 +193,8 @@ def test_taps_name_every_stage():
     assert layer.taps is None
     layer.taps = {}
     layer(hidden_TH)
-    assert layer.taps.keys() == {"ids", "weights", "expert_output", "routed"}
+    received = {"received_hidden", "received_ids"}
+    assert layer.taps.keys() == {"ids", "weights", "expert_output", "routed"} | received
     layer.taps = {}
     graphed_forward(layer, hidden_TH)
     gathered = {"gathered_hidden", "gathered_ids", "gathered_weights"}

@@ -9,7 +9,6 @@ import torch
 from tests.optimized.exact import error_of, exact_config, exact_weights
 from tests.spmd import run_spmd
 from twinmoe.optimized import inputs
-from twinmoe.optimized.experts import BACKENDS
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.options import InferenceOptions
 from twinmoe.reference.placement import Placement
@@ -78,12 +77,3 @@ def test_a_rank_without_weights_is_named_to_its_peers(tmp_path):
     told, own = run_spmd(check_one_rank_without_weights, 2, tmp_path, timeout=30)
     assert own.startswith("AttributeError")
     assert told.startswith("ConfigError: rank 1 could not build its layer (AttributeError")
-
-
-def test_every_backend_says_that_it_has_no_kernels_on_a_cpu_without_the_interpreter(monkeypatch):
-    """Also the one whose matrix products would run there: its slots are sorted by a kernel."""
-    monkeypatch.setattr("twinmoe.optimized.experts.backend.INTERPRETED", False)
-    for backend in BACKENDS.values():
-        reason = backend.unsupported(CONFIG, torch.device("cpu"))
-        assert reason is not None
-        assert "cpu) has no" in reason

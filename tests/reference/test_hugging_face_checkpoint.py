@@ -260,7 +260,7 @@ def _setting(**settings: object) -> Callable[[Path], None]:
         (_file("9" * 5000), "a file has a name"),
         (_nan, r"up_proj.weight\[3, 5\] in .* is nan"),
         (_setting(quantization_config="fp8"), "quantised weights"),
-        (_setting(num_experts=10**12), "is in no file of"),
+        (_setting(num_experts=10**12, num_local_experts=10**12), "is in no file of"),
         (_setting(moe_intermediate_size=10**12), "but config.json calls for"),
     ],
 )

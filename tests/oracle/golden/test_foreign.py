@@ -87,7 +87,7 @@ def test_wishes_that_only_our_layer_can_grant_are_refused(
 
 def test_a_history_of_other_weights_is_not_asked(golden: Golden) -> None:
     """What a plain layer has no way to live through is not run; what it has, is."""
-    for history, runs in (("f0.k1.f0", True), ("f0.w1.f0", False), ("f0.o0.f0", False)):
+    for history, runs in (("f0.k1.f0", True), ("f0.w1.f0", False), ("f0.o0.f0", True)):
         case = Case.parse(f"{LINES[0]},history={history}")
         recorded = type(golden.cases[0])(case, (), golden.cases[0].figures)
         one = Golden((*golden.cases, recorded), golden.environment)
