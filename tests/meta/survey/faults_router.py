@@ -14,12 +14,24 @@ from tests.meta.survey.planting import planted
 from twinmoe.optimized.layer import MoELayer
 from twinmoe.optimized.router import InferenceTopKRouter
 from twinmoe.oracle.case import Case
+from twinmoe.oracle.faults.fault import Reaches
 from twinmoe.oracle.faults.seams import Seams, Wrong
-from twinmoe.oracle.faults.triggers import has_bias, has_tokens, in_graph
-from twinmoe.oracle.faults.wrong_routers import StepwiseRouter, guarded, route_by
+from twinmoe.oracle.faults.triggers import has_tokens, in_graph
+from twinmoe.oracle.faults.wrong_routers import (
+    StepwiseRouter,
+    guarded,
+    route_by,
+    routes_otherwise,
+)
 
 #: The graphed path alone.
 FUSED: Sequence[type] = (InferenceTopKRouter,)
+
+
+def _fused(wrong: type[StepwiseRouter]) -> Reaches:
+    """The graphed path runs, and ``wrong`` answers otherwise."""
+    otherwise = routes_otherwise(wrong)
+    return lambda case: in_graph(case) and otherwise(case)
 
 
 class _NarrowBias(StepwiseRouter):
@@ -28,7 +40,7 @@ class _NarrowBias(StepwiseRouter):
         return scores_TE if bias_E is None else scores_TE + bias_E.to(self.config.dtype).float()
 
 
-@planted("NVIDIA/TensorRT-LLM#13328", "router", when=lambda case: in_graph(case) and has_bias(case))
+@planted("NVIDIA/TensorRT-LLM#13328", "router", when=_fused(_NarrowBias))
 def bias_rounded_before_selection(seams: Seams) -> None:
     """The fused router rounds the fp32 bias to the output's dtype before it chooses."""
     route_by(seams, _NarrowBias, FUSED)
@@ -39,7 +51,7 @@ class _NarrowSelection(StepwiseRouter):
         return guarded(self.biased(scores_TE).to(self.config.dtype).float())
 
 
-@planted("flagos-ai/FlagGems#5469", "router", when=in_graph)
+@planted("flagos-ai/FlagGems#5469", "router", when=_fused(_NarrowSelection))
 def selection_in_16_bits(seams: Seams) -> None:
     """Biased scores are ranked in the model's dtype."""
     route_by(seams, _NarrowSelection, FUSED)
@@ -54,7 +66,7 @@ class _MarkedMinusOne(StepwiseRouter):
         return torch.cat(ids, dim=1)
 
 
-@planted("vllm-project/vllm#42608", "router", when=lambda case: in_graph(case) and has_bias(case))
+@planted("vllm-project/vllm#42608", "router", when=_fused(_MarkedMinusOne))
 def taken_is_minus_one(seams: Seams) -> None:
     """A taken expert's score becomes -1 in place, which biased scores may lie below."""
     route_by(seams, _MarkedMinusOne, FUSED)
@@ -110,7 +122,7 @@ class _StaleCandidates(StepwiseRouter):
         return super().pick(stale_TE)
 
 
-@planted("flashinfer-ai/flashinfer#5165", "router", when=in_graph)
+@planted("flashinfer-ai/flashinfer#5165", "router", when=_fused(_StaleCandidates))
 def stale_candidates(seams: Seams) -> None:
     """With k < 8 in one group, unwritten slots of the reduction hold the row's before."""
     route_by(seams, _StaleCandidates, FUSED)
