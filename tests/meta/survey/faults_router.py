@@ -19,7 +19,6 @@ from twinmoe.oracle.faults.seams import Seams, Wrong
 from twinmoe.oracle.faults.triggers import has_tokens, in_graph
 from twinmoe.oracle.faults.wrong_routers import (
     StepwiseRouter,
-    guarded,
     route_by,
     routes_otherwise,
 )
@@ -48,7 +47,7 @@ def bias_rounded_before_selection(seams: Seams) -> None:
 
 class _NarrowSelection(StepwiseRouter):
     def choice(self, scores_TE: Tensor) -> Tensor:
-        return guarded(self.biased(scores_TE).to(self.config.dtype).float())
+        return self.biased(scores_TE).to(self.config.dtype).float()
 
 
 @planted("flagos-ai/FlagGems#5469", "router", when=_fused(_NarrowSelection))

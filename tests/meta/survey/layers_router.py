@@ -36,8 +36,7 @@ class NarrowSelection(styles.DeepSeekRouter):
     """Scores and bias are added in the model's dtype before experts are chosen."""
 
     def biased(self, scores_TE: Tensor) -> Tensor:
-        narrow = super().biased(scores_TE).to(self.config.dtype)
-        return narrow.float().nan_to_num(neginf=torch.finfo(torch.float32).min)
+        return super().biased(scores_TE).to(self.config.dtype).float()
 
 
 @wrong("sgl-project/sglang#37133", "router")
@@ -46,8 +45,7 @@ class NarrowBias(styles.DeepSeekRouter):
 
     def biased(self, scores_TE: Tensor) -> Tensor:
         bias_E = self.weights.correction_bias_E
-        rounded = bias_E if bias_E is None else bias_E.bfloat16().float() - bias_E
-        return super().biased(scores_TE) if rounded is None else super().biased(scores_TE) + rounded
+        return scores_TE if bias_E is None else scores_TE + bias_E.bfloat16().float()
 
 
 @wrong("vllm-project/vllm#32872", "router")
@@ -150,8 +148,7 @@ class PaddingWins(styles.DeepSeekRouter):
     def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         choice_TE = self.grouped(self.biased(scores_TE))
         ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
-        lowest = torch.finfo(torch.float32).min
-        ids_TK = ids_TK.masked_fill(choice_TE.gather(1, ids_TK) <= lowest, 0)
+        ids_TK = ids_TK.masked_fill(choice_TE.gather(1, ids_TK) < -1e299, 0)
         return scores_TE.gather(1, ids_TK), ids_TK
 
 

@@ -263,23 +263,22 @@ class DeepSeekRouter(Sorted):
         return F.softplus(logits_TE).sqrt()
 
     def biased(self, scores_TE: Tensor) -> Tensor:
-        """What experts are ranked by; a NaN ranks below every number."""
+        """What experts are ranked by."""
         bias_E = self.weights.correction_bias_E
-        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-        lowest = torch.finfo(choice_TE.dtype).min
-        return choice_TE.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)
+        return scores_TE if bias_E is None else scores_TE + bias_E
 
     def grouped(self, choice_TE: Tensor) -> Tensor:
-        """Experts of the groups that are out, at -inf."""
+        """Numbers in the order of experts, those of the groups that are out at -inf."""
         config = self.config
         if config.n_group == config.topk_group:
-            return choice_TE
+            return in_order(choice_TE)
         choice_TGM = choice_TE.unflatten(1, (config.n_group, -1))
         counted = min(2 if config.group_score == "top2_sum" else 1, choice_TGM.shape[2])
-        group_TG = choice_TGM.topk(counted, dim=-1).values.sum(dim=-1)
+        best = in_order(choice_TGM).topk(counted, dim=-1).indices
+        group_TG = in_order(choice_TGM.gather(2, best).sum(dim=-1))
         kept = group_TG.topk(config.topk_group, dim=-1).indices
         is_out_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(1, kept, False)
-        return choice_TGM.masked_fill(is_out_TG[..., None], -torch.inf).flatten(1)
+        return in_order(choice_TGM).masked_fill(is_out_TG[..., None], -torch.inf).flatten(1)
 
     def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         ids_TK = self.grouped(self.biased(scores_TE)).topk(self.top_k, dim=-1).indices
@@ -310,6 +309,11 @@ class SharedExpert(Sorted):
 
     def finish(self, x_TH: Tensor, out_TH: Tensor) -> Tensor:
         return (out_TH + self.shared(x_TH)).to(x_TH.dtype)
+
+
+def in_order(scores: Tensor) -> Tensor:
+    """Numbers in fp64 that stand as experts do: numbers by value, then NaN, then -inf."""
+    return scores.double().nan_to_num(nan=-1e300, posinf=torch.inf, neginf=-1e301)
 
 
 def any_order(contract: RoundingContract, **points: Any) -> RoundingContract:
