@@ -7,14 +7,14 @@ K experts per token, S slots (T * K), I intermediate size, C rows of the busiest
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmoe.oracle import RoundingContract, Taps, storage_contract
-from twinmoe.oracle.contract import Order, Ties
+from twinmoe.oracle.contract import Ties
 from twinmoe.oracle.rounding import FORMATS
 from twinmoe.oracle.worker import RankContext
 from twinmoe.reference.config import MoEConfig
@@ -314,8 +314,3 @@ class SharedExpert(Sorted):
 def in_order(scores: Tensor) -> Tensor:
     """Numbers in fp64 that stand as experts do: numbers by value, then NaN, then -inf."""
     return scores.double().nan_to_num(nan=-1e300, posinf=torch.inf, neginf=-1e301)
-
-
-def any_order(contract: RoundingContract, **points: Any) -> RoundingContract:
-    """Sums that are stored, in an order of their own."""
-    return replace(contract, combine_order=Order.ANY, **points)
