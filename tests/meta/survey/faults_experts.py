@@ -63,6 +63,18 @@ def experts_side_by_side(seams: Seams) -> None:
     _weights(seams, change)
 
 
+def _transposed_where_square(seams: Seams, name: str) -> None:
+    """Let matrices that are square be read as if they lay the other way round."""
+
+    def change(_config: MoEConfig, weights: Any) -> Any:
+        matrices = getattr(weights, name)
+        if matrices.shape[1] != matrices.shape[2]:
+            return weights
+        return replace(weights, **{name: matrices.transpose(1, 2).contiguous()})
+
+    _weights(seams, change)
+
+
 @planted(
     "huggingface/transformers#47031",
     "experts",
@@ -70,13 +82,7 @@ def experts_side_by_side(seams: Seams) -> None:
 )
 def square_down_transposed(seams: Seams) -> None:
     """A layout guessed from shapes takes a square down projection for transposed."""
-
-    def change(config: MoEConfig, weights: Any) -> Any:
-        if config.hidden_size != config.moe_intermediate_size:
-            return weights
-        return replace(weights, w2_LHI=weights.w2_LHI.transpose(1, 2).contiguous())
-
-    _weights(seams, change)
+    _transposed_where_square(seams, "w2_LHI")
 
 
 @planted(
@@ -86,13 +92,7 @@ def square_down_transposed(seams: Seams) -> None:
 )
 def square_gate_up_transposed(seams: Seams) -> None:
     """A layout guessed from shapes takes square gate and up rows for transposed."""
-
-    def change(config: MoEConfig, weights: Any) -> Any:
-        if config.hidden_size != config.w13_rows:
-            return weights
-        return replace(weights, w13_LFH=weights.w13_LFH.transpose(1, 2).contiguous())
-
-    _weights(seams, change)
+    _transposed_where_square(seams, "w13_LFH")
 
 
 # --- activations and formats --------------------------------------------------------------------
