@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tests.meta.survey.asking import ask_faults, ask_layers, chosen, load_entries
-from tests.meta.survey.results import Result, keep, load, summary
+from tests.meta.survey.results import Result, keep, load, refuted, summary
 from twinmoe.oracle.campaign import case_stream
 
 
@@ -24,6 +24,7 @@ from twinmoe.oracle.campaign import case_stream
 @click.option("--timeout", default=20.0, show_default=True, help="Seconds a worker may take.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Append results here.")
 @click.option("--show", type=click.Path(exists=True, path_type=Path), help="Only sum these up.")
+@click.option("--refuted", "lines", is_flag=True, help="With --show: the lines of refuted.txt.")
 def main(
     only: str,
     layers: bool,
@@ -36,10 +37,11 @@ def main(
     timeout: float,
     file: Path | None,
     show: Path | None,
+    lines: bool,
 ) -> None:
     """Print detection, cases until seen, stages, and what was not seen; exit 1 on an alarm."""
     if show is not None:
-        click.echo(summary(load(show)))
+        click.echo(refuted(load(show)) if lines else summary(load(show)), nl=not lines)
         return
     load_entries()
     results: list[Result] = []

@@ -120,6 +120,7 @@ def ask_faults(
                 found.seconds,
                 str(found.case or ""),
                 found.account[:2000],
+                reached=found.ran > 0,
             )
 
 

@@ -16,7 +16,8 @@ class Result:
     ``kind`` is "fault", "wrong layer" or "right layer".  ``cases`` were asked until the judge
     saw something, or in all; ``seen_by`` names what saw it, empty for nothing; ``stage`` is the
     one that the verdict names, ``stages`` those that it may name.  ``line`` replays it.
-    ``broken`` says why the entry could not be asked at all.
+    ``broken`` says why the entry could not be asked at all, ``reached`` whether any case was such
+    that the mistake could matter.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Result:
     line: str = ""
     account: str = ""
     broken: str = ""
+    reached: bool = True
 
     @property
     def named_right(self) -> bool:
@@ -51,11 +53,20 @@ def load(file: Path) -> list[Result]:
     return [Result(**record | {"stages": tuple(record["stages"])}) for record in records]
 
 
+def refuted(results: Sequence[Result]) -> str:
+    """The lines of ``refuted.txt``: each entry that was seen, and the case that refuted it."""
+    return "".join(
+        f"{result.name} {result.line}\n"
+        for result in results
+        if result.seen_by and result.kind != "right layer"
+    )
+
+
 def summary(results: Sequence[Result]) -> str:
     """Detection, median cases, stages named right, and what was not seen, by kind."""
     told = []
     for kind in ("fault", "wrong layer"):
-        asked = [r for r in results if r.kind == kind and not r.broken]
+        asked = [r for r in results if r.kind == kind and r.reached and not r.broken]
         seen = [r for r in asked if r.seen_by]
         if not asked:
             continue
@@ -75,5 +86,6 @@ def summary(results: Sequence[Result]) -> str:
         alarms = [r for r in right if r.seen_by]
         told.append(f"right layers: {len(alarms)} alarms over {len(right)}")
         told += [f"  ALARM: {r.name} at {r.line}" for r in alarms]
+    told += [f"not reached by any case: {r.name}" for r in results if not r.reached]
     told += [f"broken: {r.name}: {r.broken}" for r in results if r.broken]
     return "\n".join(told)
