@@ -30,6 +30,7 @@ from twinmoe.oracle.faults.triggers import (
     runs_twice,
 )
 from twinmoe.reference.config import MoEConfig
+from twinmoe.reference.experts import ACTIVATIONS
 
 # --- layouts ----------------------------------------------------------------------------------
 
@@ -140,49 +141,54 @@ def clamped_afterwards(seams: Seams) -> None:
     _activations(seams, change)
 
 
-def _plain_silu(case: Case) -> bool:
-    config = case.config
-    return _grouped(case) and config.hidden_act == "silu" and config.swiglu_limit is None
+def _grouped_in(case: Case, *dtypes: torch.dtype) -> bool:
+    return has_tokens(case) and not runs_triton(case) and case.config.dtype in dtypes
 
 
-@planted("huggingface/kernels-community#76", "experts", when=_plain_silu)
+@planted(
+    "huggingface/kernels-community#76",
+    "experts",
+    when=lambda case: case.config.gated and _grouped_in(case, torch.bfloat16, torch.float16),
+)
 def narrow_silu(seams: Seams) -> None:
     """The activated gate is rounded to the model's dtype before it meets up."""
 
-    def change(_config: MoEConfig, gate_up_SF: Tensor) -> Tensor:
-        gate, up = gate_up_SF.chunk(2, 1)
-        return F.silu(gate) * up
+    def change(config: MoEConfig, gate_up_SF: Tensor) -> Tensor:
+        gate, up = gate_up_SF.float().chunk(2, 1)
+        if config.swiglu_limit is not None:
+            gate = gate.clamp(max=config.swiglu_limit)
+            up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
+        activated = ACTIVATIONS[config.hidden_act](gate).to(gate_up_SF.dtype)
+        return activated * up.to(gate_up_SF.dtype)
 
     _activations(seams, change)
 
 
-def _bf16(case: Case) -> bool:
-    return case.config.dtype is torch.bfloat16
+def _through_half(seams: Seams, before: bool, after: bool) -> None:
+    """Let what the grouped_mm backend's activation reads, or makes, pass through fp16."""
+
+    def activate(original: Wrong, config: MoEConfig, gate_up_SF: Tensor, num_rows: Any) -> Tensor:
+        if before:
+            gate_up_SF = gate_up_SF.half().to(gate_up_SF.dtype)
+        h_SI: Tensor = original(config, gate_up_SF, num_rows)
+        return h_SI.half().to(h_SI.dtype) if after else h_SI
+
+    seams.around(grouped_mm, "activate", activate)
 
 
-@planted("vllm-project/vllm#33972", "experts", when=lambda c: _plain_silu(c) and _bf16(c))
+@planted("vllm-project/vllm#33972", "experts", when=lambda c: _grouped_in(c, torch.bfloat16))
 def projected_in_half(seams: Seams) -> None:
     """Gate and up of a bf16 layer pass through fp16."""
-
-    def change(_config: MoEConfig, gate_up_SF: Tensor) -> Tensor:
-        gate, up = gate_up_SF.half().float().chunk(2, 1)
-        return (F.silu(gate) * up).to(gate_up_SF.dtype)
-
-    _activations(seams, change)
+    _through_half(seams, before=True, after=False)
 
 
-@planted("vllm-project/vllm#13232", "experts", when=lambda c: _plain_silu(c) and _bf16(c))
+@planted("vllm-project/vllm#13232", "experts", when=lambda c: _grouped_in(c, torch.bfloat16))
 def activated_in_half(seams: Seams) -> None:
     """The activations of a bf16 layer pass through fp16."""
-
-    def change(_config: MoEConfig, gate_up_SF: Tensor) -> Tensor:
-        gate, up = gate_up_SF.float().chunk(2, 1)
-        return (F.silu(gate) * up).half().to(gate_up_SF.dtype)
-
-    _activations(seams, change)
+    _through_half(seams, before=False, after=True)
 
 
-@planted("ROCm/hip-ep#672", "experts", when=lambda c: has_tokens(c) and _bf16(c))
+@planted("ROCm/hip-ep#672", "experts", when=lambda c: _grouped_in(c, torch.bfloat16))
 def down_in_half(seams: Seams) -> None:
     """Expert outputs of a bf16 layer pass through fp16 before the router's weight scales them."""
 
