@@ -22,7 +22,7 @@ from twinmoe.reference.config import DTYPES
 
 #: Files of layers, and of faults.
 LAYER_FILES = ("router", "experts", "batches", "ranks", "right")
-FAULT_FILES = ("router", "dispatch", "experts", "combine", "lives")
+FAULT_FILES = ("router", "dispatch", "experts", "activations", "combine", "lives")
 
 
 def load_entries() -> None:
