@@ -84,6 +84,12 @@ def admitted(
     return _Door(rank, tokens_by_rank, config, contract).admit(_readable(seen))
 
 
+def copied(value: Any) -> Any:
+    """What was shown, as it is now, in memory of its own; a word for what has no numbers."""
+    plain = _plain(value)
+    return plain.clone() if isinstance(plain, Tensor) else plain
+
+
 def all_admitted(
     observations: Sequence[object], truth: Truth, contract: RoundingContract
 ) -> list[RankObservation]:
@@ -142,7 +148,7 @@ class _Door:
         expected = _EXPECTED[name]
         if not isinstance(value, Tensor):
             what = "None" if value is None else str(value)
-            wrong = f"is {what}, expected a dense tensor in memory"
+            wrong = f"is {what}, expected a dense tensor in memory (to_dense() makes one)"
         elif wrong := self._wrong_shape(tuple(value.shape), expected.axes):
             wrong = f"has shape {tuple(value.shape)}, expected {wrong}"
         elif wrong := self._wrong_dtype(value.dtype, expected.holds):
@@ -177,11 +183,12 @@ class _Door:
     def _wrong_dtype(self, dtype: torch.dtype, holds: str) -> str:
         """The dtype that is expected instead; empty if it is right."""
         if holds == "integers":
-            return "" if dtype in _INTEGERS else "integers: ids of experts"
+            return "" if dtype in _INTEGERS else "integers: ids of experts, not their scores"
         if holds == "outputs":
             name = self.contract.output.name
             right = FORMATS.get(dtype) == self.contract.output
-            return "" if right else f"{name}, which contract {self.contract.name!r} declares"
+            declared = f"{name}, which contract {self.contract.name!r} declares"
+            return "" if right else f"{declared}: cast it, or declare another output format"
         if holds == "tokens":
             return "" if dtype is self.config.dtype else f"{self.config.dtype}, as was sent"
         return "" if dtype in FORMATS else "numbers of 16, 32 or 64 bits"

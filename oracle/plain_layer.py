@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from twinmoe.oracle.admission import copied
 from twinmoe.oracle.bits import same_bits
 from twinmoe.oracle.contract import RoundingContract
 from twinmoe.oracle.contracts import on_device
@@ -76,12 +77,13 @@ class PlainSubject:
         context: RankContext,
     ) -> None:
         self._name = name
-        self._experts_per_token = scenario.config.num_experts_per_tok
         size = len(scenario.hidden())
         place = replace(context, world_size=size, group=context.group if size > 1 else None)
         self._dtype, self._device_type = scenario.config.dtype, context.device.type
         #: Every answer as it was returned, and its bits then.
         self._answers: list[tuple[Tensor, Tensor]] = []
+        #: Whether the last answer lies on another device than the input.
+        self._astray = False
 
         def make() -> object:
             layer = factory(scenario.config, weights, place)
@@ -120,14 +122,19 @@ class PlainSubject:
         return frozenset()
 
     def observe(self, hidden_TH: Tensor, call: Call) -> RankObservation:
-        """Run one forward; raises LayerError for an answer that is none."""
+        """Run one forward; raises LayerError for an answer that is none.
+
+        What it shows is copied: a layer may use its buffers again.
+        """
         graph = self._state.graph(self._answer, hidden_TH, call)
         output_TH, taps = graph.replay(hidden_TH) if graph else self._answer(hidden_TH)
-        self._check(output_TH, hidden_TH, taps)
         path = f"{PLAIN_PATH}{self._name.rpartition('/')[2]}, own experts"
-        kept_TH = output_TH.clone()
-        self._answers.append((output_TH, kept_TH))
-        return RankObservation(kept_TH, taps, path)
+        kept_TH = copied(output_TH)
+        if isinstance(kept_TH, Tensor) and kept_TH.dtype in FORMATS:
+            self._answers.append((output_TH, kept_TH))
+        self._astray = output_TH.device != hidden_TH.device
+        shown = {name: copied(tap) for name, tap in vars(taps).items()}
+        return RankObservation(kept_TH, replace(taps, **shown), path)
 
     def _answer(self, hidden_TH: Tensor) -> tuple[Tensor, Taps]:
         with torch.no_grad():
@@ -147,6 +154,11 @@ class PlainSubject:
     def complaints(self) -> list[str]:
         """See :class:`twinmoe.oracle.subject.Guarded`: an answer stays what it was."""
         complaints = self._state.complaints()
+        if self._astray:
+            complaints.append(
+                "the forward returned a tensor on another device than its input's: a layer stays "
+                "on its rank's device; return it there"
+            )
         same = [same_bits(*answer) for answer in self._answers]
         if all(same):
             return complaints
@@ -157,50 +169,6 @@ class PlainSubject:
             f"the forward overwrote what forward {number} of this layer had returned: who kept it "
             "finds other numbers there; return a copy, or what later calls leave alone",
         ]
-
-    def _check(self, output_TH: Tensor, hidden_TH: Tensor, taps: Taps) -> None:
-        """Raise LayerError for rows, ids or weights that no layer of this config returns."""
-        shape, expected = tuple(output_TH.shape), tuple(hidden_TH.shape)
-        if shape != expected:
-            raise self._error(
-                f"returned a tensor of shape {shape} for an input of {expected}: the judge "
-                "compares row by row; return one output row for each input row"
-            )
-        contract = self._layer.contract
-        if FORMATS.get(output_TH.dtype) != contract.output:
-            raise self._error(
-                f"returned {output_TH.dtype}, but its contract {contract.name!r} stores outputs in "
-                f"{contract.output.name}: cast the output, or declare another output format"
-            )
-        if output_TH.layout is not torch.strided:
-            raise self._error(
-                f"returned a tensor of layout {output_TH.layout}: the judge reads rows; return "
-                "output.to_dense()"
-            )
-        if output_TH.device != hidden_TH.device:
-            raise self._error(
-                f"returned a tensor on {output_TH.device} for an input on {hidden_TH.device}: a "
-                "layer stays on its rank's device; return it there"
-            )
-        chosen = (len(hidden_TH), self._experts_per_token)
-        for name in ("ids_TK", "weights_TK"):
-            tap = getattr(taps, name)
-            if tap is not None and not isinstance(tap, Tensor):
-                raise self._error(
-                    f"returned Taps whose {name} is {type(tap).__name__}: show a tensor {chosen}"
-                )
-            if tap is not None and tuple(tap.shape) != chosen:
-                raise self._error(
-                    f"returned Taps whose {name} has shape {tuple(tap.shape)}, expected {chosen}: "
-                    "tokens by experts per token; show what the router chose for each token"
-                )
-
-        ids_TK = taps.ids_TK
-        if ids_TK is not None and (ids_TK.is_floating_point() or ids_TK.dtype is torch.bool):
-            raise self._error(
-                f"returned Taps whose ids_TK are {ids_TK.dtype}: ids are integers; show the ids "
-                "that the router chose, not their scores"
-            )
 
     def _error(self, said: str) -> LayerError:
         return LayerError(f"{_place_of(self._layer.forward)}forward of {self._name} {said}")

@@ -172,3 +172,16 @@ def overwriting(config: MoEConfig, weights: MoEWeights, place: RankContext) -> P
         return kept_TH.copy_(out_TH), taps
 
     return PlainLayer(forward, layer.contract)
+
+
+def static_ids(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """One buffer for the ids of all forwards of a size, as a graph's are."""
+    layer = right(config, weights, place)
+    buffers: dict[int, Tensor] = {}
+
+    def forward(hidden_TH: Tensor) -> tuple[Tensor, Taps]:
+        out_TH, taps = layer.forward(hidden_TH)
+        ids_TK = buffers.setdefault(len(out_TH), torch.empty_like(taps.ids_TK))
+        return out_TH, Taps(ids_TK=ids_TK.copy_(taps.ids_TK))
+
+    return PlainLayer(forward, layer.contract)

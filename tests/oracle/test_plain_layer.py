@@ -201,13 +201,6 @@ def test_a_missing_factor_is_named(judged: Callable[[str], Trial]) -> None:
         ("without_forward", "has no method forward"),
         ("without_contract", "contract is NoneType"),
         ("wrong_return", "returned NoneType: the judge compares rows"),
-        ("wrong_shape", r"of shape \(3, 31\) for an input of \(3, 32\)"),
-        ("wrong_dtype", "returned torch.float64, but its contract 'wide' stores outputs in bf16"),
-        ("wrong_device", "returned a tensor on meta for an input on cpu"),
-        ("wrong_taps", r"ids_TK has shape \(3, 1\), expected \(3, 2\)"),
-        ("wrong_layout", "layout torch.sparse_coo.*return output.to_dense"),
-        ("listed_taps", r"ids_TK is list: show a tensor \(3, 2\)"),
-        ("scores_for_ids", "ids_TK are torch.float32: ids are integers"),
     ],
 )
 def test_what_is_no_layer_is_refused(
@@ -266,7 +259,7 @@ def test_the_command_names_a_mistake() -> None:
     assert "this is what one gets if gate and up are swapped" in again.stdout
 
 
-@pytest.mark.parametrize("layer", ["raising", "wrong_shape", "without_contract"])
+@pytest.mark.parametrize("layer", ["raising", "wrong_return", "without_contract"])
 def test_a_layer_that_never_answers_is_not_equivalent(layer: str) -> None:
     """Exit 1 from the first case on: what fails is the layer; its own line leads its account."""
     run = ["check", "--subject", named(layer), "--dtype", "bf16"]
