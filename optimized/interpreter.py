@@ -2,10 +2,11 @@
 
 The mend: Triton 3.6 converts arrays of one element with ``int``, which NumPy 2.4 refuses, and every
 loop over a loaded count ends there.  The work: it rescans the whole language module at every call
-of a device function, although the launch already prepared that module, and it widens every int32
-operation to check it for overflow.  Together these are about half of the time of a decode-size
-forward.  All this touches private names of Triton: each change is made where a probe finds the
-behaviour that it is for, and kernels otherwise run as Triton made them.
+of a device function, although the launch already prepared that module, it builds a table of dtypes
+for every tensor, and it widens every int32 operation to check it for overflow.  Together these are
+about half of the time of a decode-size forward.  All this touches private names of Triton: each
+change is made where a probe finds the behaviour that it is for, and kernels otherwise run as Triton
+made them.
 """
 
 import dataclasses
@@ -91,6 +92,9 @@ def _speed_up(interpreter: Any) -> None:
     known = all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope"))
     if known and not hasattr(interpreter._patch_lang, "patches_once"):
         interpreter._patch_lang = _patch_once(interpreter)
+    convert = getattr(interpreter, "_get_np_dtype", None)
+    if convert is not None and not hasattr(convert, "remembers"):
+        interpreter._get_np_dtype = _remember_dtypes(convert)
 
 
 def _patch_once(interpreter: Any) -> Any:
@@ -98,12 +102,32 @@ def _patch_once(interpreter: Any) -> Any:
     patch_lang, language = interpreter._patch_lang, interpreter.tl
     is_builtin = language.core.is_builtin
 
-    def patch(function: Any) -> Any:
+    @functools.cache
+    def modules_of(function: Any) -> list[Any]:
         visible = {id(value) for value in function.__globals__.values()}
-        modules = [module for module in (language, language.core) if id(module) in visible]
+        return [module for module in (language, language.core) if id(module) in visible]
+
+    def patch(function: Any) -> Any:
+        modules = modules_of(function)
         if any(is_builtin(m.load) or is_builtin(m.tensor.__add__) for m in modules):
             return patch_lang(function)
         return interpreter._LangPatchScope()
 
     patch.patches_once = True  # type: ignore[attr-defined]
     return patch
+
+
+def _remember_dtypes(convert: Any) -> Any:
+    """Wrap ``_get_np_dtype``, which builds its whole table anew for every tensor."""
+    known: dict[str, Any] = {}
+
+    def remembered(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if scalar.is_ptr():
+            return convert(dtype)
+        if scalar.name not in known:
+            known[scalar.name] = convert(scalar)
+        return known[scalar.name]
+
+    remembered.remembers = True  # type: ignore[attr-defined]
+    return remembered

@@ -7,15 +7,20 @@ Legend: T tokens of one rank, H hidden_size.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import Tensor
 
 from twinmoe.oracle.case import MAX_SEED, Case
+from twinmoe.oracle.emulation.remember import RememberingTruth
 from twinmoe.oracle.inputs import hidden_for, weights_for
 from twinmoe.oracle.truth import Truth
 from twinmoe.reference.config import MoEConfig
 from twinmoe.reference.placement import Placement
 from twinmoe.reference.weights import MoEWeights
+
+#: Elements of one expert matrix times experts: truths of larger layers are not kept.
+_SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,5 +75,14 @@ class Scenario:
         return self.change.hidden(own)
 
     def truth(self) -> Truth:
-        """What the layer must answer."""
-        return Truth(self.config, self.weights(), self.hidden())
+        """What the layer must answer; of a small layer, kept for whoever asks the same again."""
+        config = self.config
+        elements = config.num_experts * config.hidden_size * config.moe_intermediate_size
+        if elements > _SMALL:
+            return Truth(config, self.weights(), self.hidden())
+        return _kept_truth(self)
+
+
+@lru_cache(maxsize=8)
+def _kept_truth(scenario: Scenario) -> Truth:
+    return RememberingTruth(scenario.config, scenario.weights(), scenario.hidden())

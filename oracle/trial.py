@@ -3,6 +3,7 @@
 ``observe_case`` runs on every rank; ``Trial`` owns the worlds and the judging.
 """
 
+import gc
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -32,6 +33,7 @@ from twinmoe.oracle.world import World
 def _open(context: RankContext, subjects: Sequence[str]) -> None:
     """Import the subjects on this rank; what a case needs of ours is imported with this module."""
     load_layers(context, subjects)
+    gc.freeze()  # what is imported stays: a collection after a case need not look at it
 
 
 def observe_case(

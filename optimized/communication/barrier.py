@@ -23,12 +23,13 @@ def signal_pad_bytes(num_ctas: int, world_size: int) -> int:
 
 
 if INTERPRETED:
-    #: With more ranks than cores, spinning takes its time from the very rank it waits for.
-    _PAUSE_SECONDS = 3e-4
+    #: With more ranks than cores, spinning takes its time from the very rank it waits for.  A look
+    #: costs as much as the shortest pause, so pauses grow with the wait, up to the longest.
+    _SHORTEST_S, _LONGEST_S = 3e-4, 4e-3
 
-    def _pause() -> None:
-        """Let a peer have this core."""
-        time.sleep(_PAUSE_SECONDS)
+    def _pause(rounds: Any) -> None:
+        """Let a peer have this core, after so many rounds in vain."""
+        time.sleep(min(_LONGEST_S, _SHORTEST_S * (1 << min(int(rounds), 4))))
 
     def _nanoseconds() -> int:
         """A clock that never goes back."""
@@ -37,7 +38,7 @@ if INTERPRETED:
 else:
 
     @triton.jit
-    def _pause() -> None:
+    def _pause(rounds) -> None:
         """On a GPU every rank has its own cores."""
 
     @triton.jit
@@ -92,7 +93,7 @@ def meet(
     since = tl.full((), 0, tl.int64)
     given_up = 0
     while (tl.min(_ahead(own_pad + peer, epoch, is_peer)) < 0) & (given_up == 0):
-        _pause()
+        _pause(rounds)
         rounds += 1
         if rounds % _ROUNDS == 0:
             now = _nanoseconds()
