@@ -21,7 +21,7 @@ from click.core import ParameterSource
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from twinmoe.oracle import doctor as diagnosis
-from twinmoe.oracle import report, torchrun
+from twinmoe.oracle import printed_report, report, torchrun
 from twinmoe.oracle.bench_cli import bench
 from twinmoe.oracle.calibrate_cli import calibrate
 from twinmoe.oracle.case import MODES, CaseError
@@ -139,6 +139,7 @@ def main() -> None:
     """One MoE layer implemented twice, and a judge that decides whether they are equivalent."""
     # The judge's tensors are small, and the workers want the cores.
     torch.set_num_threads(1)
+    printed_report.at_the_end()
     _keep_hypothesis_out_of_here()
     if torchrun.serve():
         sys.exit(EQUIVALENT)

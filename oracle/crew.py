@@ -18,7 +18,7 @@ import torch
 
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.optimized.triton_runtime import environment_for
-from twinmoe.oracle import descendants, outside, worker
+from twinmoe.oracle import descendants, outside, printed, worker
 from twinmoe.oracle.breadcrumbs import Footprint, Trail
 from twinmoe.oracle.interrupts import held_back
 from twinmoe.oracle.outside import Outside
@@ -40,6 +40,7 @@ class Crew:
         directory = Path(self._directory.name)
         self._trails = context.RawArray(Trail, size)
         self._posts = [worker.Post(rank, size, device, directory) for rank in range(size)]
+        self._streams = printed.Streams([context.Pipe(duplex=False) for _ in range(size)])
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         self._memory_kills = outside.memory_kills()
@@ -60,10 +61,11 @@ class Crew:
     def _start(self, context: ForkServerContext | SpawnContext, post: worker.Post) -> None:
         post.stack_file.touch()
         ours, theirs = context.Pipe()
-        with theirs, held_back(), _environment(environment_for(post.device) | self._mark):
+        output = self._streams.writers[post.rank]
+        with theirs, output, held_back(), _environment(environment_for(post.device) | self._mark):
             process = context.Process(
                 target=worker.serve,
-                args=(post, theirs, self._trails, dict(os.environ)),  # the mark included
+                args=(post, theirs, output, self._trails, dict(os.environ)),  # the mark included
                 name=f"twinmoe-rank-{post.rank}",
                 daemon=True,
             )
@@ -73,6 +75,7 @@ class Crew:
 
     def start_task(self, data: bytes) -> None:
         """Send a task to every rank, with all trails erased: the workers are idle."""
+        self._streams.begin()
         ctypes.memset(ctypes.addressof(self._trails), 0, ctypes.sizeof(self._trails))
         self._send(data)
 
@@ -91,6 +94,10 @@ class Crew:
             for rank, process in enumerate(self.processes)
             if self.pipes[rank].poll() or not process.is_alive()
         ]
+
+    def printed(self) -> str:
+        """What the ranks last printed in the task at hand, as text; empty if nothing."""
+        return self._streams.tail()
 
     def footprints(self) -> dict[int, Footprint]:
         """Read what every rank last did."""
@@ -139,6 +146,7 @@ class Crew:
 
     def dismiss(self) -> None:
         """End idle workers in good order, then whatever is left of them."""
+        self._streams.end()
         self._send(worker.GOODBYE)
         patience = time.monotonic() + _GOODBYE_S
         for process in self.processes:
@@ -161,6 +169,7 @@ class Crew:
         descendants.end(left | descendants.orphans(self._mark[descendants.MARK], _own_processes()))
         for pipe in self.pipes:
             pipe.close()
+        self._streams.close()
         self._directory.cleanup()
 
 

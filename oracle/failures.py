@@ -66,9 +66,11 @@ class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of 
     ``ranks`` are those to blame; ``footprints`` tells what every rank last did; ``stacks`` are
     those that ranks wrote, of where they stood or ended.  ``outside`` says what came from
     outside, ``before`` are the cases of the same workers before this one, the last one last, and
-    ``case`` is the one that is at fault, where it is not the one that was asked.
+    ``case`` is the one that is at fault, where it is not the one that was asked.  ``printed`` is
+    what the ranks last printed.
     """
 
+    printed = ""
     outside: Outside | None = None
     before: tuple[Any, ...] = ()
     case: Any = None
@@ -84,6 +86,9 @@ class WorkerFailure(RuntimeError):  # noqa: N818 - a died worker is no error of 
         self.ranks = tuple(ranks)
         self.footprints = dict(footprints)
         self.stacks = dict(stacks or {})
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (super().__str__(), self.printed)))
 
     @property
     def rank(self) -> int:
@@ -201,10 +206,12 @@ def account(failure: WorkerFailure) -> str:
     place = f"{failure.place}: " if failure.place else ""
     if not isinstance(failure, WorkerError):
         return "\n".join([f"{place}{type(failure).__name__}: {failure}", *_ways(failure)])
-    if failure.exception_type == LAYER_ERROR:  # which says where
-        return f"{failure.text} (on {name_ranks(failure.ranks)})"
     said = f": {failure.text}" if failure.text else ""
-    return f"{place}{failure.exception_type}{said} (on {name_ranks(failure.ranks)})"
+    raised = f"{place}{failure.exception_type}{said}"
+    if failure.exception_type == LAYER_ERROR:  # which says where
+        raised = failure.text
+    told = f"{raised} (on {name_ranks(failure.ranks)})"
+    return "\n".join(filter(None, (told, failure.printed)))
 
 
 def _ways(failure: WorkerFailure) -> list[str]:

@@ -31,7 +31,7 @@ from twinmoe.reference.config import ConfigError
 def replay(cases: tuple[str, ...], device: str, timeout: float, subject: str | None) -> None:
     """Run CASE lines again, in this order by the same workers, and print their verdicts.
 
-    Exit codes are those of check.
+    Exit codes are those of check.  What layers printed comes after, on standard error.
     """
     parsed = [Case.parse(case) for case in cases]
     for case in parsed:

@@ -160,8 +160,10 @@ class TorchrunWorld:
     """The first ``size`` of torchrun's processes, as a `World`: see there.
 
     A rank that hangs is ended by torchrun or by a collective's own timeout: these processes
-    are not ours to kill.
+    are not ours to kill.  What they print is torchrun's affair, too.
     """
+
+    printed = ""
 
     def __init__(self, size: int, device: str = "cpu") -> None:
         available = largest_world() or 0

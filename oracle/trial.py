@@ -70,6 +70,7 @@ class Outcome:
     are the cases that the same workers had played, and ``recurrence`` is how it fails again.
     ``left_out``: what the history asked of a layer that does not offer it.
     ``fault_met``: no fault was planted, or some rank met it; else its verdicts say nothing of it.
+    ``printed``: what the ranks last printed in it.
     """
 
     case: Case
@@ -82,6 +83,7 @@ class Outcome:
     before: tuple[Case, ...] = ()
     recurrence: Recurrence = field(default_factory=Recurrence)
     fault_met: bool = True
+    printed: str = ""
 
     @property
     def equivalent(self) -> bool:
@@ -101,6 +103,7 @@ class Outcome:
             if not verdict.equivalent
         ]
         told += [f"  this is what one gets if {mistake}" for mistake in self.diagnosis]
+        told += [self.printed] if self.printed else []
         told += [f"  {self.recurrence.note}"] if self.recurrence.note else []
         again = self.recurrence.line(_asked(self.verdicts), self.case)
         return "\n".join([*told, f"  reproduce: {again}"])
@@ -143,7 +146,7 @@ class Trial:
         outcome = Outcome(case, before=tuple(self._played.get(case.ep_size, ())))
         start = time.perf_counter()
         showings = self.observe(case, self._subjects)
-        observed = time.perf_counter()
+        observed, outcome.printed = time.perf_counter(), self.printed(case.ep_size)
         outcome.run_seconds = observed - start
         with self._judging(case):
             self._judge(outcome, showings)
@@ -183,6 +186,11 @@ class Trial:
             return True
         except JudgeDefectError:  # whether it fails is then not known
             return False
+
+    def printed(self, ep_size: int) -> str:
+        """What the ranks of a world last printed in its last task, as text; empty if nothing."""
+        world = self._worlds.get(ep_size)
+        return "" if world is None else world.printed
 
     def require_alive(self, ep_size: int) -> None:
         """Raise WorkerLost, with the case at fault, if a worker ended since its last answer.

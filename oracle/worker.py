@@ -20,7 +20,7 @@ import torch.distributed as dist
 from twinmoe.optimized.communication import pool_setup
 from twinmoe.optimized.communication.cpu_symmetric_memory import remove_leftovers
 from twinmoe.optimized.triton_runtime import kernels_run_on
-from twinmoe.oracle import descendants, last_words, wire
+from twinmoe.oracle import descendants, last_words, printed, wire
 from twinmoe.oracle.breadcrumbs import Recorder, Trail
 from twinmoe.oracle.failures import Raised
 from twinmoe.oracle.side_effects import watch_for_starts
@@ -67,10 +67,15 @@ class Post:
 def serve(
     post: Post,
     connection: Connection,
+    output: Connection,
     trails: "ctypes.Array[Trail]",
     environment: dict[str, str],
 ) -> None:
-    """Answer the joining of the group, then each task, with a result or ``Raised``."""
+    """Answer the joining of the group, then each task, with a result or ``Raised``.
+
+    ``output`` becomes standard output and error.
+    """
+    printed.take_over(output)
     # Ctrl-C reaches the whole terminal; the driver alone decides what becomes of the world.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _adopt(environment)

@@ -69,6 +69,8 @@ class World:
         self.timeout_s = timeout_s
         #: Seconds that each start of the workers took, the first one's fork server included.
         self.spawn_seconds: list[float] = []
+        #: The last lines that ranks printed in the last task, as text; empty if they did not.
+        self.printed = ""
         self._opening = opening
         self._crew: Crew | None = None
 
@@ -104,10 +106,12 @@ class World:
         code, stack = crew.exit_code(rank), crew.last_stack(rank)
         outside = crew.killed_from_outside(rank)
         told = "after its answer to the task before"
-        prints = crew.footprints()
+        prints, output = crew.footprints(), crew.printed()
         self._kill()
         told = _with_cause(told, outside)
-        raise _from(outside, WorkerLost(rank, code, prints, told, {rank: stack}))
+        lost = WorkerLost(rank, code, prints, told, {rank: stack})
+        lost.printed = output
+        raise _from(outside, lost)
 
     def close(self) -> None:
         """End the workers in good order; a later ``run`` starts new ones."""
@@ -149,9 +153,14 @@ class World:
                 crew.start_task(task)
             watch.wait()
             watch.check()
+        except WorkerFailure as failure:
+            failure.printed = crew.printed()
+            self._kill()
+            raise
         except BaseException:
             self._kill()
             raise
+        self.printed = crew.printed()
         return [watch.answers[rank] for rank in range(self.size)]
 
 

@@ -40,7 +40,7 @@ class Compared:
     itself did, as ``defect`` says.  ``changed`` counts
     elements whose bits changed against the recording of the same path, of how many, by tensor;
     None where another path ran.  ``mistakes`` name what would explain anyone's layer that is
-    wrong.
+    wrong, and ``printed`` is what the ranks last printed.
     """
 
     question: Question
@@ -49,6 +49,7 @@ class Compared:
     mistakes: tuple[str, ...] = ()
     failure: str = ""
     defect: str = ""
+    printed: str = ""
 
     @property
     def equivalent(self) -> bool:
@@ -86,6 +87,7 @@ class Compared:
         told = [self.failure if self.verdict is None else str(self.verdict)]
         told += [f"  this is what one gets if {mistake}" for mistake in self.mistakes]
         told += [f"  no diagnosis: {self.defect}"] if self.defect else []
+        told += [self.printed] if self.printed else []
         again = self.question.replay
         line = f"  recorded case: '{self.question.recorded.case}'"
         return "\n".join([*told, f"  reproduce: {again}" if again else line])
@@ -157,6 +159,7 @@ def _compared(question: Question, trial: Trial, comparison: Comparison) -> Compa
         shown = trial.observe(case, (target.subject,), change, ep_size)
     except WorkerFailure as failure:
         return Compared(question, failure=f"{type(failure).__name__}: {failure}")
+    output = trial.printed(ep_size)
     # Where one of our twins is wrong a replay says more; in anyone's layer it may be the adapter.
     explain = not target.is_own and len(comparison.failed) < _EXPLAINED
     with judging(case, question.replay, meant=(GoldenError,)):
@@ -167,12 +170,13 @@ def _compared(question: Question, trial: Trial, comparison: Comparison) -> Compa
         verdict = judge_showings(case, showings)
         changed = _changed(recorded, rounds)
     if not explain or not verdict.findings:
-        return Compared(question, verdict, changed)
+        return Compared(question, verdict, changed, printed=output)
     try:
         with judging(case):
-            return Compared(question, verdict, changed, tuple(diagnosis_of(showings)))
+            mistakes = tuple(diagnosis_of(showings))
+            return Compared(question, verdict, changed, mistakes, printed=output)
     except JudgeDefectError as defect:  # what was found stands
-        return Compared(question, verdict, changed, defect=str(defect))
+        return Compared(question, verdict, changed, defect=str(defect), printed=output)
 
 
 def require_norm(case: Case, forward: Forward, asked: Scenario, device: str) -> None:

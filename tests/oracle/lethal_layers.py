@@ -3,6 +3,7 @@
 Legend: T tokens, H hidden_size.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -77,11 +78,39 @@ def _fail_to_say_why(_place: RankContext) -> None:
     raise _Unspeakable
 
 
+def _print_megabytes(_place: RankContext) -> None:
+    for _ in range(25):
+        print("p" * 1_000_000)
+        os.write(1, b"w" * 1_000_000)
+    os.write(2, b"the end of 50 MB\n")
+
+
+def _print_for_ever(_place: RankContext) -> None:
+    while True:
+        print("again")
+
+
+def _print_escapes_and_die(_place: RankContext) -> None:
+    print("\x1b[2J\x1b]0;title\x07\ud800", end="")
+    os.write(2, b"\xff\r")
+    os._exit(3)
+
+
+def _close_its_output(_place: RankContext) -> None:
+    with contextlib.suppress(OSError):
+        os.close(1)
+        os.close(2)
+
+
 one_sided = _first(_wait_for_nobody)
 spinning = _first(_spin)
 leaving = _first(_leave)
 killing_itself = _first(_kill_itself)
 crashing = _first(_crash)
+flooding = _first(_print_megabytes)
+babbling = _first(_print_for_ever)
+cursing = _first(_print_escapes_and_die)
+muting = _first(_close_its_output)
 raging = _first(_rage)
 unspeakable = _first(_fail_to_say_why)
 

@@ -51,6 +51,7 @@ def judged() -> Iterator[Callable[[str], Trial]]:
         ("spinning", ONE, WorkerHang, "_spin"),
         ("leaving", ONE, WorkerDied, "_leave"),
         ("killing_itself", ONE, WorkerDied, "_kill_itself"),
+        ("babbling", ONE, WorkerHang, "_print_for_ever"),
         ("crashing", ONE, WorkerDied, "_crash"),
     ],
 )
@@ -164,3 +165,33 @@ def test_an_exception_without_words_is_the_layers_own(judged: Callable[[str], Tr
     """A class whose __str__ raises is named; the worker lives to say so."""
     with pytest.raises(WorkerError, match=r"_Unspeakable: .* __str__ raised RuntimeError"):
         judged("unspeakable").run(ONE)
+
+
+def test_what_a_layer_prints_changes_no_verdict(judged: Callable[[str], Trial]) -> None:
+    """50 MB, half of it past Python: read as they come, and the account has the end of them."""
+    outcome = judged("flooding").run(ONE)
+    assert outcome.equivalent
+    assert len(outcome.printed) < 5_000
+    assert outcome.printed.endswith("the end of 50 MB")
+    assert re.search(r"rank 0 printed 5\d{7} bytes", outcome.printed)
+
+
+def test_a_layer_may_close_its_output(judged: Callable[[str], Trial]) -> None:
+    """It is a pipe of its own process: nobody else's writing depends on it."""
+    trial = judged("muting")
+    assert trial.run(ONE).equivalent
+    assert trial.run(replace(ONE, seed=7)).equivalent
+
+
+def test_the_last_words_of_a_dead_rank_are_in_its_account() -> None:
+    """Escaped, whatever it printed with; all of it is on stderr, and in a file that is named."""
+    arguments = ["replay", "--subject", f"{FILE}:cursing", str(ONE)]
+    done = CliRunner().invoke(cli.main, arguments)
+    assert done.exit_code == cli.NOT_EQUIVALENT, done.output
+    said = r"\x1b[2J\x1b]0;title\x07\ud800\xff\r"
+    assert f"    | {said}\n" in done.stdout
+    assert f"layers printed:\n--- rank 0 of 1 ---\n{said}\n" in done.stderr
+    kept = re.search(r"layers printed \d+ bytes \(kept in (.*)\)\n$", done.stderr)
+    assert kept, done.stderr
+    assert said in Path(kept[1]).read_text()
+    Path(kept[1]).unlink()
