@@ -4,13 +4,13 @@
 change of faults or strategies it is made anew from ``twinmoe faults --json``.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.profiles import NIGHTLY
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import FAULTS
@@ -19,9 +19,6 @@ from twinmoe.oracle.trial import Trial
 CAUGHT = [
     line.split(" ", 1) for line in (Path(__file__).parent / "caught.txt").read_text().splitlines()
 ]
-
-#: Hangs cost their patience each: all of them nightly, one of four otherwise.
-NIGHTLY = os.environ.get("TWINMOE_PROFILE") == "nightly"
 
 #: What a hang may cost here, on a machine that runs other tests besides.
 PATIENCE_S = 8.0
