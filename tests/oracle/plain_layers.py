@@ -185,3 +185,11 @@ def static_ids(config: MoEConfig, weights: MoEWeights, place: RankContext) -> Pl
         return out_TH, Taps(ids_TK=ids_TK.copy_(taps.ids_TK))
 
     return PlainLayer(forward, layer.contract)
+
+
+@runs(lambda config: config)
+def narrow_bias(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """A correction bias that is kept in 16 bits, in a router that is else in fp32."""
+    bias_E = weights.correction_bias_E
+    kept_E = None if bias_E is None else bias_E.to(torch.bfloat16).float()
+    return silent(config, replace(weights, correction_bias_E=kept_E), place)

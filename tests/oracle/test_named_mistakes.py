@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.oracle import cornered_layers, mistaken_layers
+from tests.oracle import cornered_layers, mistaken_layers, plain_layers
 from tests.oracle.mistaken_layers import MISTAKES, NAMELESS, OF_RANKS, name_of
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.corners import CORNERS
 from twinmoe.oracle.diagnose import diagnosis_of, telling
+from twinmoe.oracle.showing import judge_showings
 from twinmoe.oracle.strategies import Cell
 from twinmoe.oracle.subject_spec import PlainName
 from twinmoe.oracle.trial import Trial
@@ -93,3 +94,13 @@ def test_one_token_proves_nothing(trial: Trial) -> None:
     showings = trial.observe(case, [name])
     assert diagnosis_of([rank[name] for rank in showings]) == []
     assert min(telling(case).tokens) > 1
+
+
+def test_a_bias_in_16_bits_is_not_taken_for_another_mistake(trial: Trial) -> None:
+    """A bias in the weights would divide by next to nothing there: it fits whatever is answered."""
+    name = f"{plain_layers.__file__}:narrow_bias"
+    line = "T=12,H=32,I=16,E=8,k=2,dtype=bf16,use_correction_bias=1,bias=negative,seed=2"
+    case = Case.parse(f"{line},transport=alltoall")
+    showings = trial.observe(case, [name])
+    assert judge_showings(case, [rank[name] for rank in showings]).findings
+    assert diagnosis_of([rank[name] for rank in showings]) == []
