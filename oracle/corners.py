@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from twinmoe.oracle.case import Case
-from twinmoe.oracle.counts import EDGES, NARROW
+from twinmoe.oracle.counts import BESIDE, NARROW
 from twinmoe.oracle.history import HISTORIES
 from twinmoe.oracle.published_routings import ROUTINGS_OF_MODELS
 from twinmoe.oracle.strategies import Cell
@@ -39,8 +39,10 @@ def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) 
 
 
 def _published(cell: Cell, model: str) -> Case:
-    """The routing of a published model, at the narrowest widths."""
-    return replace(_case(cell), config=replace(ROUTINGS_OF_MODELS[model], dtype=cell.dtype))
+    """A published model's routing at the narrowest widths; few tokens visit many experts."""
+    case = _case(cell)
+    few = tuple(min(tokens, 2) for tokens in case.tokens)
+    return replace(case, tokens=few, config=replace(ROUTINGS_OF_MODELS[model], dtype=cell.dtype))
 
 
 def _sweep(cell: Cell, counts: tuple[int, ...], **changes: object) -> Case:
@@ -69,15 +71,17 @@ CORNERS: dict[str, Corner] = {
     ),
     "no tokens at all": lambda c: _case(c, (0,) * c.ep_size),
     "one token": lambda c: _case(c, (1,) + (0,) * (c.ep_size - 1)),
-    # Every count is of one rank's rows, of gathered rows and of what the experts get.
+    # Every count is of one rank's rows, of gathered rows and of what the experts get.  The sweeps
+    # share the edges out: above and below a tile where one expert has them all, its exact
+    # multiples where it has not.
     "counts beside tiles, to one expert": lambda c: _sweep(
-        c, EDGES[:9], num_experts_per_tok=1, routing="one_expert", backend="triton"
+        c, BESIDE[:6], num_experts_per_tok=1, routing="one_expert", backend="triton"
     ),
     "large counts, to one expert": lambda c: _sweep(
-        c, EDGES[9:], num_experts_per_tok=1, routing="one_expert"
+        c, (*BESIDE[6:], 1024), num_experts_per_tok=1, routing="one_expert"
     ),
-    "counts spread over the experts": lambda c: _sweep(c, (18, 32, 63, 65, 100, 129, 200, 513)),
-    "counts, to one rank": lambda c: _sweep(c, (33, 64, 127, 257), routing="one_rank"),
+    "counts spread over the experts": lambda c: _sweep(c, (18, 32, 64, 100, 128, 200)),
+    "counts, to one rank": lambda c: _sweep(c, (33, 256, 512), routing="one_rank"),
     "all tokens on one rank": lambda c: _case(
         c, (9,) + (0,) * (c.ep_size - 1), shared_expert_intermediate_size=24
     ),
@@ -185,9 +189,13 @@ CORNERS |= {
 }
 
 
+#: Histories that others contain: calls in turn, and weights loaded twice in place.
+_CONTAINED = ("A, B, A", "large, small, large", "load twice")
+
 CORNERS |= {
     f"history: {name}": lambda c, program=program: _history_case(c, program)  # type: ignore[misc]
     for name, program in HISTORIES.items()
+    if name not in _CONTAINED
 }
 # Tile maps and counts of our own kernels, whatever backend is the first choice.
 CORNERS["busy, then idle experts"] = lambda c: replace(
@@ -200,6 +208,8 @@ def _history_case(cell: Cell, program: str) -> Case:
     return _case(
         cell,
         num_experts=max(8, 3 * cell.ep_size),
+        hidden_size=48,
+        moe_intermediate_size=16,
         routing="alternating",
         shared_expert_intermediate_size=24,
         history=program,

@@ -14,6 +14,9 @@ from twinmoe.oracle.case import Case
 #: At and beside the edges of tiles and buckets.
 EDGES = (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 1024)
 
+#: Those that are no whole number of tiles.
+BESIDE = (31, 33, 63, 65, 127, 129, 255, 257)
+
 #: Hidden and intermediate sizes of layers that take many tokens.
 NARROW = (16, 24)
 

@@ -34,7 +34,7 @@ HISTORIES = {
     "many calls": "f0.f1.f2.f1.f0.f2.f1.f0.f2.f1.f2.f0",
     "kill switch": "f0.k1.f0.k0.f0",
     "switched before the first capture": "k1.f0.k0.f0",
-    "reload": "f0.c0.w1.f0.c0.w0.f0",
+    "reload": "f0.c0.w1.w1.f0.c0.w0.f0",
     "load twice": "f0.w1.w1.f0",
     "checkpoint": "l0.f0.l1.f0.l0.f0",
     "two layers": "f0.o0.f0.o1.f1",
