@@ -15,6 +15,7 @@ from torch import Tensor
 
 from twinmoe.oracle.envelope import E
 from twinmoe.oracle.infinities import of_function
+from twinmoe.oracle.products import Unstored
 from twinmoe.oracle.rounding import Format
 
 
@@ -22,8 +23,9 @@ from twinmoe.oracle.rounding import Format
 class Activation:
     """phi, phi', bounds on |phi'| and |phi''|, and the evaluation error in units of roundoff.
 
-    ``doubles``: whether an evaluation may pass through 2 phi, which overflows sooner.
     ``evaluation`` maps (a, phi(a)) to the magnitude that the unit roundoff multiplies.
+    ``factors`` maps a to the largest product of some of the factors that make phi(a), if any is
+    above 1; convex.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -31,7 +33,7 @@ class Activation:
     steepest: float
     curvature: float
     evaluation: Callable[[Tensor, Tensor], Tensor]
-    doubles: bool = False
+    factors: Callable[[Tensor], Tensor]
 
 
 def _silu_slope(a: Tensor) -> Tensor:
@@ -51,6 +53,11 @@ def _gelu_tanh_slope(a: Tensor) -> Tensor:
     return 0.5 * (1 + hyperbolic) + 0.5 * a * (1 - hyperbolic.square()) * inner_slope
 
 
+def _doubled(a: Tensor) -> Tensor:
+    """The factors of x (1 + erf(x)) / 2, halved last."""
+    return a.abs() + F.relu(a)
+
+
 def _relu_slope(a: Tensor) -> Tensor:
     # the kink: an interval around 0 may reach slope 1 on either side
     return torch.ones_like(a)
@@ -58,10 +65,10 @@ def _relu_slope(a: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {
     # an exponential, an addition, a division and a product: 6 roundings with margin
-    "silu": Activation(F.silu, _silu_slope, 1.1, 0.5, lambda a, phi: 6 * phi.abs()),
+    "silu": Activation(F.silu, _silu_slope, 1.1, 0.5, lambda a, phi: 6 * phi.abs(), torch.abs),
     # x (1 + erf) is halved before or after; 1 + erf cancels for a < 0, so the error is relative to
     # a, not to the result
-    "gelu": Activation(F.gelu, _gelu_slope, 1.13, 0.8, lambda a, phi: 8 * a.abs(), doubles=True),
+    "gelu": Activation(F.gelu, _gelu_slope, 1.13, 0.8, lambda a, phi: 8 * a.abs(), _doubled),
     # the tanh argument carries a few roundings, magnified by its slope a phi'(a) <= 1.2 |a|
     "gelu_pytorch_tanh": Activation(
         lambda a: F.gelu(a, approximate="tanh"),
@@ -69,21 +76,22 @@ ACTIVATIONS: dict[str, Activation] = {
         1.13,
         1.0,
         lambda a, phi: 12 * a.abs(),
-        doubles=True,
+        _doubled,
     ),
-    "relu": Activation(F.relu, _relu_slope, 1.0, 0.0, lambda a, phi: torch.zeros_like(a)),
+    "relu": Activation(F.relu, _relu_slope, 1.0, 0.0, lambda a, phi: torch.zeros_like(a), F.relu),
     "relu2": Activation(
         lambda a: F.relu(a).square(),
         lambda a: 2 * F.relu(a),
         math.inf,
         2.0,
         lambda a, phi: phi.abs(),
+        lambda a: F.relu(a).square(),
     ),
 }
 
 
-def activate(name: str, a: E, accumulator: Format) -> E:
-    """phi(a), evaluated in the accumulator's format."""
+def activate(name: str, a: E, accumulator: Format) -> Unstored[E]:
+    """phi(a), evaluated in the accumulator's format, and not yet stored."""
     activation = ACTIVATIONS[name]
     value = activation.value(a.value)
     spread = activation.derivative(a.value).abs() * a.radius
@@ -98,10 +106,9 @@ def activate(name: str, a: E, accumulator: Format) -> E:
     specials = a.specials()
     if specials is not None:
         value, radius = of_function(specials, value, radius)
-    result = type(a)(value, radius)
-    end, most = result.error(), 2 if activation.doubles else 1
-    above, below = ((most * side).clamp(min=0) for side in (value + end, end - value))
-    return result.in_range(above, below, accumulator)
+    ends = (activation.factors(a.value + side * a.error()) for side in (-1, 1))
+    reach = torch.maximum(*ends).clamp(min=1)
+    return Unstored(type(a)(value, radius), reach, accumulator)
 
 
 def clamp(x: E, low: float, high: float) -> E:

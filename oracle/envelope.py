@@ -268,7 +268,15 @@ def _sums_are_exact(x: Enclosure, weight: Tensor, one_norm: Tensor, accumulator:
 
 
 def product(a: E, b: E, accumulator: Format) -> E:
-    """One rounded multiplication: |a| e_b + |b| e_a + e_a e_b + u |a b|."""
+    """One rounded multiplication, the result of which has to fit the accumulator."""
+    return held(multiplied(a, b, accumulator), accumulator)
+
+
+def multiplied(a: E, b: E, accumulator: Format) -> E:
+    """|a| e_b + |b| e_a + e_a e_b + u |a b|, as if the accumulator's exponent had no end.
+
+    Of a product that nobody need hold: a fused multiply-add only holds the sum.
+    """
     value = a.value * b.value
     spread = a.join(a.value.abs() * b.radius, b.value.abs() * a.radius, a.radius * b.radius)
     # one factor exactly 1 or 0 multiplies without rounding
@@ -278,9 +286,17 @@ def product(a: E, b: E, accumulator: Format) -> E:
     if a.specials() is not None or b.specials() is not None:
         pair = of_product((a.value, a.radius), (b.value, b.radius), (value, radius))
         return type(a)(*pair)
-    result = type(a)(value, radius)
-    end = result.error()
-    return result.in_range((value + end).clamp(min=0), (end - value).clamp(min=0), accumulator)
+    return type(a)(value, radius)
+
+
+def held(x: E, accumulator: Format, reach: Tensor | None = None) -> E:
+    """``x`` in a register of the accumulator; ``reach`` bounds what went before, of its sign."""
+    end = x.error()
+    above, below = (x.value + end).clamp(min=0), (end - x.value).clamp(min=0)
+    if reach is not None:
+        above = torch.maximum(above, reach).where(x.value + end >= 0, 0.0)
+        below = torch.maximum(below, reach).where(x.value - end <= 0, 0.0)
+    return x.in_range(above, below, accumulator)
 
 
 def _is_one_or_zero(x: Enclosure) -> Tensor:

@@ -25,7 +25,7 @@ from twinmoe.oracle.admission import all_admitted
 from twinmoe.oracle.comparison import Comparison, compare
 from twinmoe.oracle.contract import RoundingContract, Wire
 from twinmoe.oracle.copies import wrong_copies
-from twinmoe.oracle.envelope import Enclosure, Grade, rounded
+from twinmoe.oracle.envelope import Enclosure, Grade, held, rounded
 from twinmoe.oracle.evidence import Evidence
 from twinmoe.oracle.observation import RankObservation
 from twinmoe.oracle.power import certify
@@ -226,7 +226,7 @@ class _Judgement:
             allowed = rounded(over_slots(self.contract, ids_TK, terms), self.contract.reduced)
         else:
             return
-        allowed = self.truth.scaled(self.contract, allowed)
+        allowed = held(self.truth.scaled(self.contract, allowed), self.contract.accumulator)
         self._element_finding("combine", "sum", "dim", routed, allowed)
 
     def _output(

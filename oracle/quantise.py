@@ -47,7 +47,7 @@ def quantised(x: E, quantiser: Quantiser | None, arithmetic: Format) -> E:
     size = x.value.shape[-1]
     blocks = type(x)(*(_blocks(part, quantiser.block) for part in (x.value, x.radius)))
     scale = quantiser.scale(blocks.largest(), arithmetic)
-    codes = rounded(product(blocks, _reciprocal(scale), arithmetic), quantiser.codes)
+    codes = rounded(product(blocks, _reciprocal(scale, arithmetic), arithmetic), quantiser.codes)
     whole = product(codes, scale, arithmetic)
     return type(x)(*(part.flatten(-2)[..., :size] for part in (whole.value, whole.radius)))
 
@@ -57,10 +57,18 @@ def _blocks(values: Tensor, block: int) -> Tensor:
     return padded.view(*padded.shape[:-1], -1, block)
 
 
-def _reciprocal(scale: E) -> E:
-    """1 / scale; a block of zeros has scale 0, and codes 0 whatever they are divided by."""
+def _reciprocal(scale: E, arithmetic: Format) -> E:
+    """1 / scale; a block of zeros has scale 0, and codes 0 whatever they are divided by.
+
+    That of a subnormal scale overflows, which who divides by the scale does not notice.
+    """
     value = scale.value.clamp(min=_TINY)
-    return type(scale)(1 / value, scale.radius / (value * (value - scale.radius).clamp(min=_TINY)))
+    low = (scale.value - scale.error()).clamp(min=_TINY)
+    some = scale.magnitude() > 0
+    radius = scale.radius / (value * (value - scale.radius).clamp(min=_TINY))
+    reciprocal = type(scale)((1 / value).where(some, 0.0), radius)
+    reach = (1 / low).where(some, 0.0)
+    return reciprocal.in_range(reach, reach, arithmetic)
 
 
 def _up_to_power_of_two(value: Tensor) -> Tensor:

@@ -22,7 +22,18 @@ from torch import Tensor
 
 from twinmoe.oracle.activation import activate, clamp
 from twinmoe.oracle.contract import Order, RoundingContract, Scales, Weighs, Wire
-from twinmoe.oracle.envelope import E, Enclosure, Grade, Index, matmul, product, rounded, total
+from twinmoe.oracle.envelope import (
+    E,
+    Enclosure,
+    Grade,
+    Index,
+    held,
+    matmul,
+    product,
+    rounded,
+    total,
+)
+from twinmoe.oracle.products import summand
 from twinmoe.oracle.quantise import quantised
 from twinmoe.oracle.routing import RoutingTruth, held_factor
 from twinmoe.oracle.running_sums import running_sums
@@ -135,11 +146,11 @@ class Truth:
             (y_TKH,) = self.unweighted(contract, ids_TK, [type(weights_TK)], grade)
         terms_TKH = self.terms(contract, weights_TK, y_TKH)
         partials_RTH = self._partials(contract, ids_TK, terms_TKH)
-        routed_TH = self.scaled(contract, across_ranks(contract, partials_RTH))
+        scaled_TH = self.scaled(contract, across_ranks(contract, partials_RTH))
+        routed_TH = sum_TH = held(scaled_TH, contract.accumulator)
         shared_TH = self._shared(contract, type(weights_TK), grade)
-        sum_TH = routed_TH
         if shared_TH is not None:
-            sum_TH = with_shared(contract, routed_TH, shared_TH)
+            sum_TH = with_shared(contract, scaled_TH, shared_TH)
         return Stages(weights_TK, y_TKH, terms_TKH, partials_RTH, routed_TH, shared_TH, sum_TH)
 
     def unweighted(
@@ -201,20 +212,23 @@ class Truth:
         """Each slot's weighted output [T, K, H], as stored."""
         if self._weighs_before_output(contract):
             return expert_output_TKH
-        weighted = product(weights_TK[..., None], expert_output_TKH, contract.accumulator)
-        return rounded(weighted, contract.terms)
+        weights_TK1 = weights_TK[..., None]
+        return summand(weights_TK1, expert_output_TKH, contract.terms, contract.accumulator)
 
     def _weighs_before_output(self, contract: RoundingContract) -> bool:
         return self.config.router_weight_on_input or contract.weighs is Weighs.ACTIVATION
 
     def scaled(self, contract: RoundingContract, sum_TH: E) -> E:
-        """The routed sum times the factor, where that has not been in the router weights."""
+        """The routed sum times the factor, where that has not been in the router weights.
+
+        A term, which the shared expert may be added to: it need not fit the accumulator.
+        """
         if contract.scales is Scales.WEIGHTS:
             return sum_TH
         accumulator = contract.accumulator
         held = held_factor(self.config, accumulator)
         factor = type(sum_TH).of(held.value, held.radius)
-        return rounded(product(sum_TH, factor, accumulator), contract.scaled)
+        return summand(sum_TH, factor, contract.scaled, accumulator)
 
     def _partials(self, contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:
         """One share per rank of the experts it owns; one share in all without a wire."""
@@ -251,7 +265,7 @@ class Truth:
         spread = spread.nan_to_num(0.0, torch.inf)  # a logit that is surely no number
         weight = carry(gate, carry.join(spread, evaluation))
         weight = rounded(weight, contract.shared_gate_weights)
-        return rounded(product(weight, y_TH, accumulator), contract.shared_terms)
+        return summand(weight, y_TH, contract.shared_terms, accumulator)
 
 
 def _mlp(
@@ -272,15 +286,14 @@ def _mlp(
         if config.swiglu_limit is not None:
             gate = clamp(gate, -torch.inf, config.swiglu_limit)
             up = clamp(up, -config.swiglu_limit, config.swiglu_limit)
-        h = rounded(activate(config.hidden_act, gate, accumulator), contract.gate)
-        h = product(h, up, accumulator)
+        h = activate(config.hidden_act, gate, accumulator).stored(contract.gate).times(up)
     else:
         h = activate(config.hidden_act, gate_up, accumulator)
-    h = rounded(h, contract.activation)
+    h = h.stored(contract.activation)
     if weight is not None:
-        h = rounded(product(weight, h, accumulator), contract.weighted_activation)
-    h = quantised(h, contract.quantise_activation, accumulator)
-    return rounded(matmul(h, w2_HI, accumulator, grade), contract.expert_output)
+        h = h.times(weight).stored(contract.weighted_activation)
+    x = quantised(h.held(), contract.quantise_activation, accumulator)
+    return rounded(matmul(x, w2_HI, accumulator, grade), contract.expert_output)
 
 
 def over_slots(contract: RoundingContract, ids_TK: Tensor, terms_TKH: E) -> E:

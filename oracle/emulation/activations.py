@@ -33,7 +33,11 @@ def by_exponential(config: MoEConfig, gate_up: Tensor) -> Tensor:
 
 
 def gate_last(config: MoEConfig, gate_up: Tensor) -> Tensor:
-    """SiLU as (g u) sigmoid(g): the same factors in another order; others directly."""
+    """SiLU as (g u) sigmoid(g): the same factors in another order; others directly.
+
+    Published kernels multiply so (kernel-hyperdrive's SwiGLU, g u / (1 + exp(-g)) elsewhere), and
+    no contract that keeps the activated gate in registers tells them not to.  g u may overflow.
+    """
     if config.hidden_act != "silu":
         return direct(config, gate_up)
     gate, up = _halves(config, gate_up)

@@ -63,6 +63,17 @@ def test_fp32_arithmetic_lands_inside(by_reciprocal: bool) -> None:
         assert not ((seen - enclosure.value).abs() > enclosure.radius).any()
 
 
+def test_a_scale_without_a_reciprocal_allows_any_code() -> None:
+    """1 / 2**-130 overflows, which who divides does not notice; other blocks stay sharp."""
+    x = torch.tensor([[1.0, -0.5] * 4, [0.0] * 8, [1.0, -0.5] * 4]).double()
+    x[0] *= 448 * 2.0**-130
+    enclosure = quantised(Enclosure.exact(x), BLOCKED, FP32)
+    assert (enclosure.radius[0] >= 448 * 2.0**-130).all()
+    assert not enclosure.value[1].any()
+    assert not enclosure.radius[1].any()
+    assert (enclosure.radius[2] < 2.0**-20).all()
+
+
 @pytest.mark.parametrize("width", [2.0**-12, 2.0**-8])
 def test_codes_move_no_more_than_expected(width: float) -> None:
     """The mean size of what a normal error does to dequantised values is bounded."""
