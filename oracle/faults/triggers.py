@@ -100,7 +100,9 @@ def runs_triton(case: Case) -> bool:
 
 
 def backend_of(case: Case) -> str:
-    """The expert backend that runs."""
+    """The expert backend that runs; where the choice is open, as this process would choose."""
+    if case.backend != "auto":
+        return case.backend
     device = torch.device("cpu" if INTERPRETED else "cuda")
     choice = choose_backend(case.backend, case.config, device, ranks=case.ep_size)
     return choice.backend.name
