@@ -17,8 +17,7 @@ from twinmoe.reference.config import MoEConfig, dtype_name
 
 NIGHTLY = os.environ.get("TWINMOE_PROFILE") == "nightly"
 
-#: Inputs per (kind, dtype, path), each judged for two implementations: in all 27 x 17 x 2
-#: less what tensor cores do not multiply, 900 cases; nightly 21,600.
+#: Inputs per (kind, dtype, path), each judged for two implementations; see docs/equivalence.md.
 DRAWS = 24 if NIGHTLY else 1
 
 #: Other numbers every night, the same ones in every other run.
