@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.counts import BESIDE, NARROW
 from twinmoe.oracle.history import HISTORIES
-from twinmoe.oracle.published_routings import ROUTINGS_OF_MODELS
+from twinmoe.oracle.published_routings import KIMI_K3, ROUTINGS_OF_MODELS
 from twinmoe.oracle.strategies import Cell
 from twinmoe.reference.config import MoEConfig
 
@@ -38,11 +38,11 @@ def _case(cell: Cell, tokens: tuple[int, ...] | None = None, **changes: object) 
     )
 
 
-def _published(cell: Cell, model: str) -> Case:
+def _published(cell: Cell, routing: MoEConfig, most: int) -> Case:
     """A published model's routing at the narrowest widths; few tokens visit many experts."""
     case = _case(cell)
-    few = tuple(min(tokens, 2) for tokens in case.tokens)
-    return replace(case, tokens=few, config=replace(ROUTINGS_OF_MODELS[model], dtype=cell.dtype))
+    few = tuple(min(tokens, most) for tokens in case.tokens)
+    return replace(case, tokens=few, config=replace(routing, dtype=cell.dtype))
 
 
 def _sweep(cell: Cell, counts: tuple[int, ...], **changes: object) -> Case:
@@ -78,7 +78,12 @@ CORNERS: dict[str, Corner] = {
         c, BESIDE[:6], num_experts_per_tok=1, routing="one_expert", backend="triton"
     ),
     "large counts, to one expert": lambda c: _sweep(
-        c, (*BESIDE[6:], 1024), num_experts_per_tok=1, routing="one_expert"
+        # more experts, beside many rows, than a warp has lanes
+        c,
+        (*BESIDE[6:], 1024),
+        num_experts=40,
+        num_experts_per_tok=1,
+        routing="one_expert",
     ),
     "counts spread over the experts": lambda c: _sweep(c, (18, 32, 64, 100, 128, 200)),
     "counts, to one rank": lambda c: _sweep(c, (33, 256, 512), routing="one_rank"),
@@ -93,9 +98,9 @@ CORNERS: dict[str, Corner] = {
     "k = E": lambda c: _case(
         c, num_experts=max(12, c.ep_size * 3), num_experts_per_tok=max(12, c.ep_size * 3)
     ),
-    # Ids that fit no byte, and experts that nobody visits.
-    "more experts than a byte can name": lambda c: _published(c, "Kimi-K2"),
-    "128 experts, 8 of them chosen": lambda c: _published(c, "Qwen3-MoE"),
+    # Ids that fit no byte, and experts that nobody visits; the last ones are visited.
+    "more experts than a byte can name": lambda c: _published(c, KIMI_K3, most=1),
+    "128 experts, 8 of them chosen": lambda c: _published(c, ROUTINGS_OF_MODELS["Qwen3-MoE"], 2),
     # Where widths coincide, no shape tells which axis is which: w2, the router and the batch are
     # square in the first, w13, ids and the shared expert in the second.
     "all widths the same": lambda c: _case(

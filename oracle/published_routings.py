@@ -65,3 +65,6 @@ ROUTINGS_OF_MODELS: dict[str, MoEConfig] = {
     "gpt-oss-20b": _softmax(32, 4),
     "gpt-oss-120b": _softmax(128, 4),
 }  # fmt: skip
+
+#: What Kimi-K3 chooses of how many, its latent experts left out; too many to be drawn often.
+KIMI_K3 = _biased_sigmoid(896, 16, 1.0)

@@ -104,6 +104,19 @@ def wrong_at_128_and_8(config: MoEConfig, weights: MoEWeights, place: RankContex
     return right(config, weights, place)
 
 
+@runs(lambda config: config)
+def one_warp_of_experts(config: MoEConfig, weights: MoEWeights, place: RankContext) -> PlainLayer:
+    """For more rows than a tile of 16, no more experts in a group than a warp has lanes."""
+    layer = right(config, weights, place)
+
+    def forward(hidden_TH: Tensor) -> object:
+        out_TH, taps = layer.forward(hidden_TH)
+        fits = len(hidden_TH) <= 16 or config.num_experts <= 32 * config.n_group
+        return out_TH * (1 if fits else 2), taps
+
+    return PlainLayer(forward, layer.contract)  # type: ignore[arg-type]
+
+
 def _eight_at_most(top: Tensor) -> Tensor:
     weights = top / top.sum(dim=-1, keepdim=True)
     return weights * (torch.arange(top.shape[1]) < 8)
@@ -126,6 +139,7 @@ capacity_of_factor_2 = factory_of(
     Parts(mine=_within(lambda own, ids: max(8, math.ceil(2 * ids.numel() / len(own)))))
 )
 byte_ids = factory_of(Parts(mine=lambda own, ids: [ids.to(torch.uint8) == e for e in own]))
+scan_of_512 = factory_of(Parts(mine=lambda own, ids: [(ids == e) & (ids < 512) for e in own]))
 eight_experts = factory_of(Parts(weigh=_eight_at_most))
 bare_softmax = factory_of(Parts(score=lambda z: z.exp() / z.exp().sum(dim=-1, keepdim=True)))
 

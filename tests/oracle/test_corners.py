@@ -28,6 +28,8 @@ FOUND_BY = {
     "tired": "history: many calls",
     "coarse_bias": "finely graded biases",
     "byte_ids": "more experts than a byte can name",
+    "scan_of_512": "more experts than a byte can name",
+    "one_warp_of_experts": "large counts, to one expert",
     "eight_experts": "k = E",
     "bare_softmax": "vanishing exponentials",
     "large_epsilon": "vanishing sigmoids",
