@@ -4,7 +4,7 @@ A kernel is right for some (experts, experts per token, groups) and wrong for ot
 widths: so each model's routing is tried at widths that cost little.  Models are left out whose
 mathematics MoEConfig does not express, such as Phi-3.5-MoE's sparse mixer.
 
-Source: the ``config.json`` of each model on the Hugging Face hub.
+Source: the models' public configs, written down from memory and not compared with the files.
 """
 
 from typing import Any

@@ -3,7 +3,6 @@
 Legend: H hidden_size, I moe_intermediate_size, E experts, K experts per token.
 """
 
-import os
 import random
 import secrets
 from collections.abc import Callable, Iterator
@@ -11,11 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.profiles import NIGHTLY
 from twinmoe.oracle import judge
 from twinmoe.oracle.emulation import KINDS, PATHS, Inputs, Path, draw_inputs
 from twinmoe.reference.config import MoEConfig, dtype_name
-
-NIGHTLY = os.environ.get("TWINMOE_PROFILE") == "nightly"
 
 #: Inputs per (kind, dtype, path), each judged for two implementations; see docs/equivalence.md.
 DRAWS = 24 if NIGHTLY else 1

@@ -5,7 +5,6 @@ of them run always, all in the nightly profile.  ``python -m tests.meta.survey``
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from tests.meta.survey.asking import AskingTrial, load_entries
 from tests.meta.survey.entries import LAYERS
 from tests.meta.survey.planting import PLANTED, PlantingTrial
+from tests.profiles import NIGHTLY
 from twinmoe.oracle.case import Case
 from twinmoe.oracle.failures import WorkerFailure
 from twinmoe.oracle.faults import FAULTS, VARIANTS
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent / "survey"
 REFUTED = [line.split(" ", 1) for line in (HERE / "refuted.txt").read_text().splitlines()]
 
 #: One in so many runs always.
-SAMPLE = 1 if os.environ.get("TWINMOE_PROFILE") == "nightly" else 12
+SAMPLE = 1 if NIGHTLY else 12
 
 #: What a hang may cost here, on a machine that runs other tests besides.
 PATIENCE_S = 8.0
